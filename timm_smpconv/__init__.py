@@ -1,0 +1,4 @@
+"""Continuous and very large convolution kernels for timm: importing this package registers its models."""
+
+from . import layers as layers, models as models, ops as ops
+from .version import __version__ as __version__

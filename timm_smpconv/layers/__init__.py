@@ -1,0 +1,14 @@
+from .conv import (
+    CausalConv1d as CausalConv1d,
+    LargeConv2d as LargeConv2d,
+    SMPConv1d as SMPConv1d,
+    SMPConv2d as SMPConv2d,
+)
+from .kernel import SMPKernel as SMPKernel
+from .rep import (
+    AffineNorm as AffineNorm,
+    ConvNorm as ConvNorm,
+    RepSMPConv1d as RepSMPConv1d,
+    RepSMPConv2d as RepSMPConv2d,
+    fold_norm_into_next as fold_norm_into_next,
+)

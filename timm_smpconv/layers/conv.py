@@ -1,0 +1,234 @@
+"""Drop-in convolution layers: a kernel module renders weights, an op convolves."""
+
+from typing import Optional, Sequence, Tuple, Union
+
+import torch
+from timm.models import register_notrace_module
+from torch import nn
+
+from .. import ops
+from .kernel import SMPKernel
+
+__all__ = ['CausalConv1d', 'LargeConv2d', 'SMPConv1d', 'SMPConv2d']
+
+
+class LargeConv2d(nn.Conv2d):
+    """An nn.Conv2d with stride 1 and padding k // 2, dense or depthwise, that convolves through `ops`."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: Union[int, Tuple[int, int]],
+        groups: int = 1,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            kernel_size: Taps, odd; one number or (height, width).
+            groups: 1 for a dense convolution, in_chs = out_chs for a depthwise one.
+            bias: Add a bias.
+        """
+        size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        _check_conv2d(in_chs, out_chs, size, groups)
+        super().__init__(
+            in_chs,
+            out_chs,
+            size,
+            padding=(size[0] // 2, size[1] // 2),
+            groups=groups,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.groups == 1:
+            return ops.conv2d(x, self.weight, self.bias)
+        return ops.depthwise_conv2d(x, self.weight, self.bias)
+
+
+class CausalConv1d(nn.Conv1d):
+    """An nn.Conv1d with stride 1 whose output t sees inputs <= t; it convolves through `ops`."""
+
+    def __init__(self, in_chs: int, out_chs: int, kernel_size: int, bias: bool = True, device=None, dtype=None):
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            kernel_size: Taps; the last one multiplies the present sample.
+            bias: Add a bias.
+        """
+        super().__init__(in_chs, out_chs, kernel_size, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.causal_conv1d(x, self.weight, self.bias)
+
+
+@register_notrace_module
+class SMPConv2d(nn.Module):
+    """2D convolution with a kernel of moving points, stride 1, zero padding k // 2.
+
+    Depthwise (groups = in_chs = out_chs): points shared by all channels, sums not normalised, k^2 / 4 points of
+    radius 4 / k (the ImageNet networks). Dense (groups = 1): points per output filter, normalised sums, 16 points of
+    radius 0.12 (the CIFAR network).
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: Union[int, Sequence[int]],
+        groups: int = 1,
+        bias: bool = True,
+        num_points: Optional[int] = None,
+        radius: Optional[float] = None,
+        coord_std: Optional[float] = None,
+        learn_coords: bool = True,
+        learn_radius: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            kernel_size: Taps, odd; one number or (height, width).
+            groups: 1 for a dense convolution, in_chs = out_chs for a depthwise one.
+            bias: Add a bias.
+            num_points: Points of a filter; None: floor(kh * kw / 4) depthwise, 16 dense.
+            radius: Initial radius; None: 4 / k depthwise, 0.12 dense.
+            coord_std: Standard deviation of the initial coordinates; None: 0.2 depthwise, 0.05 dense.
+            learn_coords: Learn the coordinates.
+            learn_radius: Learn the radii.
+
+        Raises:
+            ValueError: An even kernel size, channels that do not fit, or a value out of range.
+        """
+        super().__init__()
+        size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        _check_conv2d(in_chs, out_chs, size, groups)
+        self.depthwise = groups > 1 or in_chs == out_chs == 1
+        if self.depthwise:
+            defaults = (max(size[0] * size[1] // 4, 1), min(4 / max(size), 1.0), 0.2)
+        else:
+            defaults = (16, 0.12, 0.05)
+        self.kernel = SMPKernel(
+            1 if self.depthwise else in_chs,
+            out_chs,
+            size,
+            ndim=2,
+            num_points=defaults[0] if num_points is None else num_points,
+            radius=defaults[1] if radius is None else radius,
+            coord_std=defaults[2] if coord_std is None else coord_std,
+            shared_points=self.depthwise,
+            normalize=not self.depthwise,
+            radius_range=(1e-3, 1.0) if self.depthwise else (1e-4, 1.0),
+            learn_coords=learn_coords,
+            learn_radius=learn_radius,
+            device=device,
+            dtype=dtype,
+        )
+        self.bias = nn.Parameter(torch.zeros(out_chs, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chs, H, W) -> (B, out_chs, H, W)."""
+        if self.depthwise:
+            return ops.depthwise_conv2d(x, self.kernel(), self.bias)
+        return ops.conv2d(x, self.kernel(), self.bias)
+
+    def to_conv(self, weight: torch.Tensor) -> nn.Module:
+        """A plain convolution of the same shape, with the given dense kernel and a bias to be filled in."""
+        out_chs, in_chs, kh, kw = weight.shape
+        conv = LargeConv2d(
+            out_chs if self.depthwise else in_chs,
+            out_chs,
+            (kh, kw),
+            groups=out_chs if self.depthwise else 1,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        conv.weight.data = weight
+        return conv
+
+
+@register_notrace_module
+class SMPConv1d(nn.Module):
+    """Causal 1D convolution with a kernel of moving points: output t sees inputs <= t (the sequence networks).
+
+    Dense, points per output filter, normalised sums. The kernel keeps its number of taps whatever the length of the
+    input.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int,
+        bias: bool = True,
+        num_points: int = 30,
+        radius: Optional[float] = None,
+        coord_std: float = 0.1,
+        learn_coords: bool = True,
+        learn_radius: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            kernel_size: Taps, of any parity: the longest memory of the layer.
+            bias: Add a bias.
+            num_points: Points of a filter.
+            radius: Initial radius; None: 2 / kernel_size, about the distance of two taps.
+            coord_std: Standard deviation of the initial coordinates, before they are stretched from the present (+1).
+            learn_coords: Learn the coordinates.
+            learn_radius: Learn the radii.
+
+        Raises:
+            ValueError: A value out of range.
+        """
+        super().__init__()
+        if kernel_size < 1:
+            raise ValueError(f'kernel_size must be a positive number of taps, got {kernel_size}.')
+        self.kernel = SMPKernel(
+            in_chs,
+            out_chs,
+            kernel_size,
+            ndim=1,
+            num_points=num_points,
+            radius=min(max(2 / kernel_size, 1e-4), 1.0) if radius is None else radius,
+            coord_std=coord_std,
+            causal=True,
+            learn_coords=learn_coords,
+            learn_radius=learn_radius,
+            device=device,
+            dtype=dtype,
+        )
+        self.bias = nn.Parameter(torch.zeros(out_chs, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chs, L) -> (B, out_chs, L)."""
+        return ops.causal_conv1d(x, self.kernel(), self.bias)
+
+    def to_conv(self, weight: torch.Tensor) -> nn.Module:
+        """A plain convolution of the same shape, with the given dense kernel and a bias to be filled in."""
+        out_chs, in_chs, taps = weight.shape
+        conv = CausalConv1d(in_chs, out_chs, taps, device=weight.device, dtype=weight.dtype)
+        conv.weight.data = weight
+        return conv
+
+
+def _check_conv2d(in_chs: int, out_chs: int, kernel_size: Tuple[int, ...], groups: int) -> None:
+    if len(kernel_size) != 2 or any(k < 1 or k % 2 == 0 for k in kernel_size):
+        raise ValueError(f'kernel_size must be odd and positive (one number or height and width), got {kernel_size}.')
+    if groups != 1 and not groups == in_chs == out_chs:
+        raise ValueError(
+            f'groups must be 1 (dense) or equal to in_chs and out_chs (depthwise), '
+            f'got groups={groups}, in_chs={in_chs}, out_chs={out_chs}.'
+        )

@@ -1,0 +1,201 @@
+"""Continuous convolution kernels rendered from self-moving points (SMPConv, CVPR 2023)."""
+
+from typing import List, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import nn
+
+__all__ = ['SMPKernel']
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f'{name} must be positive, got {value}.')
+
+
+class SMPKernel(nn.Module):
+    """A convolution kernel given by moving points; calling it renders the dense kernel.
+
+    The kernel is a function on [-1, 1]^d made of N points with coordinates p_i, radii r_i and weights w_i (Eq. 1, 2):
+
+        SMP(x) = 1 / |N(x)| * sum_i g(x, p_i, r_i) w_i,   g(x, p, r) = max(0, 1 - |x - p|_1 / r),   N(x) = {i : g > 0}
+
+    sampled at linspace(-1, 1, k) in each dimension. In 2D, coordinate 0 runs along the width from left to right and
+    coordinate 1 along the height from bottom to top, so row 0 of the rendered kernel lies at coordinate +1.
+
+    The radii are learned 0.1 x as fast as everything else and stay within a range. Both live in the parameter, not in
+    the training script: `scaled_radius` stores radius / radius_lr_scale and receives the gradient of the radius itself,
+    so that a step of SGD or of an Adam-type optimizer moves the radius radius_lr_scale times as far as it would move a
+    plain parameter; it is projected into its range when the next training step (or a checkpoint, or an EMA update)
+    reads it.
+
+    Attributes:
+        coords: point coordinates, (G, N, d) with G = 1 if the points are shared, else out_chs. Never clipped.
+        radius: effective radii, (G, N), always within radius_range.
+        weights: point weights, (out_chs, in_chs, N).
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: Union[int, Sequence[int]],
+        ndim: int = 2,
+        num_points: int = 16,
+        radius: float = 0.12,
+        coord_std: float = 0.05,
+        shared_points: bool = False,
+        normalize: bool = True,
+        causal: bool = False,
+        radius_range: Tuple[float, float] = (1e-4, 1.0),
+        radius_lr_scale: float = 0.1,
+        learn_coords: bool = True,
+        learn_radius: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        """
+        Args:
+            in_chs: Input channels of one filter (1 for a depthwise convolution).
+            out_chs: Number of filters.
+            kernel_size: Taps in each dimension (height, width in 2D); one number for all or one per dimension.
+            ndim: 1 or 2, the dimension d of the kernel.
+            num_points: Number of points N of one filter.
+            radius: Initial radius, in units of the kernel's half width; within radius_range.
+            coord_std: Standard deviation of the initial coordinates, a normal distribution cut to [-1, 1].
+            shared_points: One set of points for all filters (depthwise networks) instead of one per filter.
+            normalize: Divide by the number of points that reach a tap (1 / |N(x)| of Eq. 1).
+            causal: Draw the initial coordinates near +1, the present: p = 2 q + 1 with q cut to [-1, 0] (1D only).
+            radius_range: Range into which the radii are projected after each step.
+            radius_lr_scale: Learning rate of the radii relative to that of all other parameters.
+            learn_coords: Learn the coordinates; False keeps them fixed (Table 6).
+            learn_radius: Learn the radii; False keeps them fixed (Table 6).
+
+        Raises:
+            ValueError: An argument cannot work.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        if ndim not in (1, 2):
+            raise ValueError(f'ndim must be 1 or 2, got {ndim}.')
+        if causal and ndim != 1:
+            raise ValueError('causal kernels are one-dimensional: causal=True needs ndim=1, got ndim=2.')
+        for name, value in (
+            ('in_chs', in_chs),
+            ('out_chs', out_chs),
+            ('num_points', num_points),
+            ('radius', radius),
+            ('coord_std', coord_std),
+            ('radius_lr_scale', radius_lr_scale),
+            ('radius_range[0]', radius_range[0]),
+        ):
+            _check_positive(name, value)
+        if not radius_range[0] <= radius <= radius_range[1]:
+            raise ValueError(f'radius must lie within radius_range {tuple(radius_range)}, got {radius}.')
+        self.in_chs = in_chs
+        self.out_chs = out_chs
+        self.ndim = ndim
+        self.kernel_size: List[int] = [kernel_size] * ndim if isinstance(kernel_size, int) else list(kernel_size)
+        self._check_size(self.kernel_size)
+        self.num_points = num_points
+        self.init_radius = radius
+        self.coord_std = coord_std
+        self.shared_points = shared_points
+        self.normalize = normalize
+        self.causal = causal
+        self.min_radius, self.max_radius = float(radius_range[0]), float(radius_range[1])
+        self.radius_lr_scale = radius_lr_scale
+        self.learn_radius = learn_radius
+
+        groups = 1 if shared_points else out_chs
+        self.coords = nn.Parameter(torch.empty(groups, num_points, ndim, **dd), requires_grad=learn_coords)
+        self.scaled_radius = nn.Parameter(torch.empty(groups, num_points, **dd), requires_grad=learn_radius)
+        self.weights = nn.Parameter(torch.empty(out_chs, in_chs, num_points, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new coordinates and weights and sets all radii to their initial value."""
+        if self.causal:
+            nn.init.trunc_normal_(self.coords, std=self.coord_std, a=-1.0, b=0.0)
+            with torch.no_grad():
+                self.coords.mul_(2.0).add_(1.0)
+        else:
+            nn.init.trunc_normal_(self.coords, std=self.coord_std, a=-1.0, b=1.0)
+        nn.init.constant_(self.scaled_radius, self.init_radius / self.radius_lr_scale)
+        nn.init.trunc_normal_(self.weights, std=0.02)
+
+    @property
+    def radius(self) -> torch.Tensor:
+        scaled = self.scaled_radius
+        value = (scaled.detach() * self.radius_lr_scale).clamp(self.min_radius, self.max_radius)
+        # the difference is zero: it only carries the gradient of the radius, unscaled, to the stored parameter
+        return value + (scaled - scaled.detach())
+
+    def project(self) -> None:
+        """Projects the stored radii into their range, in place."""
+        if self.learn_radius:
+            with torch.no_grad():
+                scale = self.radius_lr_scale
+                self.scaled_radius.clamp_(self.min_radius / scale, self.max_radius / scale)
+
+    def forward(self, size: Optional[Union[int, List[int]]] = None) -> torch.Tensor:
+        """Renders the kernel.
+
+        Args:
+            size: Taps to sample, one number or one per dimension (height, width in 2D); kernel_size if None.
+
+        Returns:
+            Dense kernel, (out_chs, in_chs, k) in 1D or (out_chs, in_chs, kh, kw) in 2D.
+        """
+        if self.training:
+            self.project()
+        if size is None:
+            dims = self.kernel_size
+        elif isinstance(size, int):
+            dims = [size] * self.ndim
+        else:
+            dims = size
+        if torch.jit.is_scripting():
+            return self._render(dims)
+        self._check_size(dims)
+        if self.weights.is_meta:
+            return self._render(dims)
+        # reduced precision moves the points by whole taps in a long kernel
+        with torch.autocast(self.weights.device.type, enabled=False):
+            return self._render(dims)
+
+    def _render(self, size: List[int]) -> torch.Tensor:
+        dtype = self.weights.dtype
+        compute = torch.float32 if dtype == torch.float16 or dtype == torch.bfloat16 else dtype
+        coords, weights = self.coords.to(compute), self.weights.to(compute)
+        # one |x_d - p_d| a dimension, in the order of the kernel's axes
+        x = torch.linspace(-1.0, 1.0, size[-1], dtype=torch.float32, device=coords.device).to(compute)
+        distance = (coords[:, :, 0:1] - x).abs()  # G, N, kw
+        if self.ndim == 2:
+            y = torch.linspace(-1.0, 1.0, size[0], dtype=torch.float32, device=coords.device).to(compute).flip(0)
+            distance = distance.unsqueeze(2) + (coords[:, :, 1:2] - y).abs().unsqueeze(3)  # G, N, kh, kw
+        distance = distance.flatten(2)
+        reach = torch.relu(1.0 - distance / self.radius.to(compute).unsqueeze(2))  # g(x, p_i, r_i): G, N, K
+        if self.normalize:
+            reach = reach / ((reach != 0).sum(1, keepdim=True) + 1e-6)
+        if self.shared_points:
+            kernel = weights.flatten(0, 1) @ reach[0]
+        else:
+            kernel = torch.bmm(weights, reach)
+        return kernel.to(dtype).reshape([self.out_chs, self.in_chs] + list(size))
+
+    @torch.jit.unused
+    def _check_size(self, size: List[int]) -> None:
+        if len(size) != self.ndim or any(k < 1 for k in size):
+            raise ValueError(f'kernel size must be {self.ndim} positive number(s) of taps, got {tuple(size)}.')
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        # a checkpoint and timm's EMA read the weights right after a step, before the next forward pass has projected
+        self.project()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def extra_repr(self) -> str:
+        return (
+            f'{self.in_chs}, {self.out_chs}, kernel_size={tuple(self.kernel_size)}, num_points={self.num_points}, '
+            f'shared_points={self.shared_points}, normalize={self.normalize}'
+        )

@@ -1,0 +1,208 @@
+"""Blocks that train as several linear operations and deploy as one."""
+
+from typing import Optional, Tuple, Type, Union
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ConvNormAct
+from torch import nn
+
+from .conv import CausalConv1d, LargeConv2d, SMPConv1d, SMPConv2d
+
+__all__ = ['AffineNorm', 'ConvNorm', 'RepSMPConv1d', 'RepSMPConv2d', 'fold_norm_into_next', 'fold_norm_into_previous']
+
+
+def _scale_shift(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift of a batch norm in eval mode, in float64 so that folding adds no rounding of its own."""
+    var, mean = norm.running_var.double(), norm.running_mean.double()
+    scale = norm.weight.double() / (var + norm.eps).sqrt()
+    return scale, norm.bias.double() - mean * scale
+
+
+def _check_eval(module: nn.Module) -> None:
+    if module.training:
+        raise RuntimeError(
+            f'{type(module).__name__} cannot be reparameterized in train mode, where its batch norms use batch '
+            f'statistics: call model.eval() first.'
+        )
+
+
+def fold_norm_into_previous(
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    norm: nn.Module,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias (float64) of norm(conv(x)) for a convolution with the given weight (O, ...) and bias (O,)."""
+    scale, shift = _scale_shift(norm)
+    if bias is not None:
+        shift = shift + bias.double() * scale
+    return weight.double() * scale.reshape(-1, *[1] * (weight.ndim - 1)), shift
+
+
+def fold_norm_into_next(norm: nn.Module, conv: nn.Module) -> None:
+    """Folds a batch norm into the 1x1 convolution with a bias that follows it, in place."""
+    scale, shift = _scale_shift(norm)
+    weight = conv.weight.data.double()
+    conv.bias.data = (conv.bias.data.double() + weight.flatten(1) @ shift).to(conv.weight.dtype)
+    conv.weight.data = (weight * scale.reshape(1, -1, *[1] * (weight.ndim - 2))).to(conv.weight.dtype)
+
+
+class ConvNorm(ConvNormAct):
+    """timm's ConvNormAct that deploys as a convolution with a bias, followed by the activation."""
+
+    def reparameterize(self) -> None:
+        """Folds the batch norm into the convolution, in place; does nothing the second time."""
+        if not isinstance(self.bn, nn.BatchNorm2d):
+            return
+        _check_eval(self)
+        old, norm = self.conv, self.bn
+        weight, bias = fold_norm_into_previous(old.weight.data, None if old.bias is None else old.bias.data, norm)
+        self.conv = nn.Conv2d(
+            old.in_channels,
+            old.out_channels,
+            old.kernel_size,
+            stride=old.stride,
+            padding=old.padding,
+            groups=old.groups,
+            device=old.weight.device,
+            dtype=old.weight.dtype,
+        )
+        self.conv.weight.data, self.conv.bias.data = weight.to(old.weight.dtype), bias.to(old.weight.dtype)
+        self.bn = norm.act
+        self.eval()
+
+
+class AffineNorm(nn.BatchNorm2d):
+    """A batch norm with nothing next to it to fold into: deploys as a depthwise 1x1 convolution."""
+
+    def fuse(self) -> nn.Module:
+        """The equivalent convolution."""
+        _check_eval(self)
+        scale, shift = _scale_shift(self)
+        dtype = self.weight.dtype
+        conv = nn.Conv2d(
+            self.num_features, self.num_features, 1, groups=self.num_features, device=self.weight.device, dtype=dtype
+        )
+        conv.weight.data, conv.bias.data = scale.to(dtype).reshape(-1, 1, 1, 1), shift.to(dtype)
+        return conv.eval()
+
+
+class _RepSMPConv(nn.Module):
+    """norm(large(x)) + norm(small(x)): the two-branch block of section 3.4, one convolution once deployed."""
+
+    def __init__(
+        self,
+        large: Union[SMPConv1d, SMPConv2d],
+        small: Union[CausalConv1d, LargeConv2d],
+        norm_layer: Type[nn.Module],
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        nn.init.trunc_normal_(small.weight, std=0.02)
+        if small.bias is not None:
+            nn.init.zeros_(small.bias)
+        out_chs = small.out_channels
+        self.large = large
+        self.large_norm = norm_layer(out_chs, device=device, dtype=dtype)
+        self.small = small
+        self.small_norm = norm_layer(out_chs, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.large_norm(self.large(x)) + self.small_norm(self.small(x))
+
+    def fuse(self) -> nn.Module:
+        """The equivalent plain convolution with a bias: points rendered, norms and small branch folded in."""
+        _check_eval(self)
+        with torch.no_grad():
+            large_bias = self.large.bias
+            kernel = self.large.kernel()
+            weight, bias = fold_norm_into_previous(kernel, large_bias, self.large_norm)
+            small, small_bias = fold_norm_into_previous(self.small.weight, self.small.bias, self.small_norm)
+            weight = _add_small(weight, small, causal=kernel.ndim == 3)
+            conv = self.large.to_conv(weight.to(kernel.dtype))
+            conv.bias.data = (bias + small_bias).to(kernel.dtype)
+        return conv.eval()
+
+
+def _add_small(large: torch.Tensor, small: torch.Tensor, causal: bool) -> torch.Tensor:
+    """Sum of two kernels, aligned at their centres or, if causal, at the present (last) tap."""
+    # a large kernel may have fewer taps than the small one (a network built for short sequences)
+    size = [max(a, b) for a, b in zip(large.shape[2:], small.shape[2:])]
+    padded = []
+    for kernel in (large, small):
+        pad = []
+        for k, n in zip(reversed(kernel.shape[2:]), reversed(size)):
+            pad += [n - k, 0] if causal else [(n - k) // 2] * 2
+        padded.append(F.pad(kernel, pad))
+    return padded[0] + padded[1]
+
+
+class RepSMPConv2d(_RepSMPConv):
+    """BN(large SMPConv2d) + BN(small convolution), dense or depthwise."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int,
+        small_kernel_size: int = 5,
+        groups: int = 1,
+        small_bias: bool = False,
+        norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
+        **kernel_args,
+    ):
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            kernel_size: Taps of the large branch in each dimension, odd.
+            small_kernel_size: Taps of the small branch in each dimension, odd.
+            groups: 1 for dense convolutions, in_chs = out_chs for depthwise ones.
+            small_bias: Bias in the small branch.
+            norm_layer: Batch norm.
+            **kernel_args: num_points, radius, coord_std, learn_coords, learn_radius of SMPConv2d.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(
+            SMPConv2d(in_chs, out_chs, kernel_size, groups=groups, bias=False, **kernel_args, **dd),
+            LargeConv2d(in_chs, out_chs, small_kernel_size, groups=groups, bias=small_bias, **dd),
+            norm_layer,
+            **dd,
+        )
+
+
+class RepSMPConv1d(_RepSMPConv):
+    """BN(large SMPConv1d) + BN(small causal convolution)."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int,
+        small_kernel_size: int = 5,
+        large_bias: bool = False,
+        norm_layer: Type[nn.Module] = nn.BatchNorm1d,
+        device=None,
+        dtype=None,
+        **kernel_args,
+    ):
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            kernel_size: Taps of the large branch.
+            small_kernel_size: Taps of the small branch.
+            large_bias: Bias in the large branch.
+            norm_layer: Batch norm.
+            **kernel_args: num_points, radius, coord_std, learn_coords, learn_radius of SMPConv1d.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(
+            SMPConv1d(in_chs, out_chs, kernel_size, bias=large_bias, **kernel_args, **dd),
+            CausalConv1d(in_chs, out_chs, small_kernel_size, bias=False, **dd),
+            norm_layer,
+            **dd,
+        )

@@ -1,0 +1,3 @@
+from .smpconv import SMPConv as SMPConv
+from .smpconv_cifar import SMPConvCifar as SMPConvCifar
+from .smpconv_seq import SMPConvSeq as SMPConvSeq

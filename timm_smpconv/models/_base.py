@@ -1,0 +1,203 @@
+"""What the networks of this package share: the timm model interface over `stem`, `stages`, `norm` and `head`."""
+
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
+
+import torch
+from timm.models import register_notrace_function
+from timm.models._features import feature_take_indices
+from timm.utils import reparameterize_model
+from torch import nn
+
+from ..layers import SMPKernel
+
+__all__ = ['SMPConvBase', 'check_input']
+
+
+@register_notrace_function
+def check_input(x: torch.Tensor, in_chans: int, sequence: bool) -> torch.Tensor:
+    """Returns the input unchanged if its shape fits a network.
+
+    Args:
+        x: Network input.
+        in_chans: Channels that the network expects.
+        sequence: (B, C, L) is allowed beside (B, C, H, W).
+
+    Raises:
+        ValueError: A wrong number of dimensions or channels.
+    """
+    if not torch.jit.is_scripting():
+        if not (x.ndim == 4 or (sequence and x.ndim == 3)) or x.shape[1] != in_chans:
+            expected = f'(batch, {in_chans}, height, width)' + (f' or (batch, {in_chans}, length)' if sequence else '')
+            raise ValueError(f'Expected an input of shape {expected}, got {tuple(x.shape)}.')
+    return x
+
+
+class SMPConvBase(nn.Module):
+    """Base of all networks: subclasses build `stem`, `stages`, `norm`, `head`, `feature_info` and `num_features`."""
+
+    sequence = False  # takes (B, C, L) as well as (B, C, H, W)
+
+    def __init__(self, num_classes: int, in_chans: int):
+        super().__init__()
+        if in_chans < 1:
+            raise ValueError(f'in_chans must be positive, got {in_chans}.')
+        if num_classes < 0:
+            raise ValueError(f'num_classes must not be negative (0 removes the classifier), got {num_classes}.')
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = 0
+        self.feature_info: List[Dict[str, Any]] = []
+        self.stem = nn.Identity()
+        self.stages = nn.Sequential()
+        self.norm = nn.Identity()
+        self.head = nn.Identity()
+
+    @torch.jit.ignore
+    def reparameterize(self) -> 'SMPConvBase':
+        """Bakes the moving points into dense kernels and folds norms and small branches, in place.
+
+        What is left are plain convolutions, linear layers and activations, with the same outputs up to rounding.
+        Harmless the second time.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            RuntimeError: The model is in train mode.
+        """
+        if self.training:
+            raise RuntimeError(
+                f'{type(self).__name__} cannot be reparameterized in train mode, where its batch norms use batch '
+                f'statistics: call model.eval() first.'
+            )
+        return reparameterize_model(self, inplace=True)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the coordinates and radii of all points."""
+        return {
+            f'{name}.{parameter}'
+            for name, module in self.named_modules()
+            if isinstance(module, SMPKernel)
+            for parameter in ('coords', 'scaled_radius')
+        }
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Regular expressions that group parameters by depth, for layer-wise learning rate decay."""
+        return dict(
+            stem=r'^stem',
+            blocks=r'^stages\.(\d+)'
+            if coarse
+            else [
+                (r'^stages\.(\d+)\.downsample', (0,)),
+                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+                (r'^stages\.(\d+)', None),
+                (r'^norm', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes the activations of each block in the backward pass instead of keeping them."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replaces the classifier.
+
+        Args:
+            num_classes: Number of classes; 0 removes the classifier.
+            global_pool: Pooling; None keeps it, '' removes it.
+        """
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Forward pass that also returns the outputs of stages.
+
+        Args:
+            x: Input, (B, C, H, W), for sequence networks also (B, C, L).
+            indices: Stages to take: the last n if a number, all if None.
+            norm: Apply the final norm to the output of the last stage.
+            stop_early: Leave out the stages behind the last one taken.
+            output_fmt: 'NCHW', the only format.
+            intermediates_only: Return the intermediates alone.
+
+        Returns:
+            The intermediates, or the final features and the intermediates.
+
+        Raises:
+            ValueError: Another output format.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last = len(self.stages) - 1
+        intermediates = []
+        x = self.stem(check_input(x, self.in_chans, self.sequence))
+        for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take_indices:
+                intermediates.append(self.norm(x) if norm and i == last else x)
+        if intermediates_only:
+            return intermediates
+        if i == last:
+            x = self.norm(x)
+        return x, intermediates
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self,
+        indices: Union[int, List[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> List[int]:
+        """Removes what the given intermediates do not need.
+
+        Args:
+            indices: Stages to keep, as in forward_intermediates.
+            prune_norm: Remove the final norm.
+            prune_head: Remove the classifier.
+
+        Returns:
+            Indices of the stages taken.
+        """
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: max_index + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Input to the final, unpooled feature map."""
+        x = check_input(x, self.in_chans, self.sequence)
+        x = self.stem(x)
+        x = self.stages(x)
+        return self.norm(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Final feature map to logits, or to pooled features if pre_logits."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W), for sequence networks also (B, C, L), to (B, num_classes)."""
+        x = self.forward_features(x)
+        return self.forward_head(x)

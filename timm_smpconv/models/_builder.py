@@ -1,0 +1,102 @@
+"""Construction of models and their pretrained configurations from the table of weights."""
+
+from typing import Any, Callable, Dict, Type
+
+import torch
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+
+from ..weights import WEIGHTS, bundled_path
+from ._base import SMPConvBase
+
+__all__ = ['build', 'cfg']
+
+_PAPER = dict(
+    paper_ids='arXiv:2304.02330',
+    paper_name='SMPConv: Self-moving Point Representations for Continuous Convolution',
+    origin_url='https://github.com/sangnekim/SMPConv',
+)
+
+
+def cfg(name: str, **kwargs: Any) -> Dict[str, Any]:
+    """Pretrained configuration of `model.tag`: its weights from the table, the rest from the arguments."""
+    path = bundled_path(name)
+    return {
+        **({'file': str(path)} if path else {}),
+        'license': WEIGHTS[name].license,
+        'description': f'Trained on {WEIGHTS[name].trained_on}.',
+        'classifier': 'head.fc',
+        **_PAPER,
+        **kwargs,
+    }
+
+
+def build(
+    model_cls: Type[SMPConvBase],
+    variant: str,
+    pretrained: bool,
+    filter_fn: Callable[[Dict[str, Any], SMPConvBase], Dict[str, torch.Tensor]],
+    num_stages: int,
+    **kwargs: Any,
+) -> torch.nn.Module:
+    """Builds a registered model through timm.
+
+    Args:
+        model_cls: Network class.
+        variant: Registered name.
+        pretrained: Load the weights that the pretrained configuration names.
+        filter_fn: The family's checkpoint_filter_fn.
+        num_stages: Number of feature maps that features_only returns by default.
+        **kwargs: Arguments of timm's builder and of the network.
+
+    Raises:
+        RuntimeError: There are no weights to load.
+    """
+    resolved = resolve_pretrained_cfg(
+        variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None)
+    ).to_dict()
+    if pretrained and not any(resolved.get(k) for k in ('url', 'file', 'state_dict', 'hf_hub_id')):
+        raise RuntimeError(_no_weights(f'{variant}.{resolved.get("tag") or ""}'.rstrip('.')))
+    model_args: Dict[str, Any] = {}
+
+    def construct(**args: Any) -> SMPConvBase:
+        model_args.update(args)
+        return model_cls(**args)
+
+    def load(state_dict: Dict[str, Any], model: SMPConvBase) -> Dict[str, torch.Tensor]:
+        state_dict = filter_fn(state_dict, model)
+        if model_args.get('inference_mode') and any(key.endswith('.scaled_radius') for key in state_dict):
+            return _deploy(state_dict, model_cls(**{**model_args, 'inference_mode': False}))
+        return state_dict
+
+    model = build_model_with_cfg(
+        construct,
+        variant,
+        pretrained,
+        # the filter function adapts first layers: timm knows how to for Conv2d weights of three channels only
+        pretrained_cfg={**resolved, 'first_conv': None},
+        pretrained_filter_fn=load,
+        feature_cfg=dict(out_indices=tuple(range(num_stages)), flatten_sequential=True),
+        kwargs_filter=('img_size',),  # passed by timm for a fixed input size; networks take kernel_size
+        **kwargs,
+    )
+    model.pretrained_cfg['first_conv'] = resolved['first_conv']
+    return model
+
+
+def _deploy(state_dict: Dict[str, torch.Tensor], model: SMPConvBase) -> Dict[str, torch.Tensor]:
+    """Weights of a network in training form, as the deployed form stores them."""
+    own = model.state_dict()
+    # a classifier for other classes is dropped by timm once the filter function has returned
+    model.load_state_dict({k: v if v.shape == own[k].shape else own[k] for k, v in state_dict.items()})
+    return model.eval().reparameterize().state_dict()
+
+
+def _no_weights(name: str) -> str:
+    weights = WEIGHTS.get(name)
+    if weights is None or weights.authors_file is None:
+        return f'No pretrained weights exist for {name}. Train it, or use pretrained=False for random weights.'
+    return (
+        f"No weights of {name} come with this package. Download the authors' checkpoint (Google Drive file "
+        f'{weights.authors_file}) and pass pretrained_cfg_overlay=dict(file=PATH), or use pretrained=False for random '
+        f'weights.'
+    )

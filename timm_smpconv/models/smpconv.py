@@ -1,0 +1,304 @@
+"""SMPConv ImageNet networks: very large depthwise kernels in the RepLKNet layout (paper, section 4.3)."""
+
+from typing import Any, Dict, Sequence, Union
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from torch import nn
+
+from ..layers import AffineNorm, ConvNorm, RepSMPConv2d, fold_norm_into_next
+from ._base import SMPConvBase
+from ._builder import build, cfg
+from ._checkpoint import adapt_input_channels, convert_reference
+
+__all__ = ['SMPConv']
+
+
+class _PreNormBlock(nn.Module):
+    """x + drop_path(pw2(act(mix(pw1(norm(x)))))), the shape of both blocks of a stage; pw1, pw2 are 1x1."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        pw1_act: bool,
+        mix: nn.Module,
+        act: nn.Module,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.norm = nn.BatchNorm2d(dim, **dd)
+        self.pw1 = ConvNorm(dim, hidden_dim, 1, apply_act=pw1_act, **dd)
+        self.mix = mix
+        self.act = act
+        self.pw2 = ConvNorm(hidden_dim, dim, 1, apply_act=False, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def reparameterize(self) -> None:
+        """Folds the leading norm into the first convolution, in place; does nothing the second time."""
+        if isinstance(self.norm, nn.BatchNorm2d):
+            self.pw1.reparameterize()
+            fold_norm_into_next(self.norm, self.pw1.conv)
+            self.norm = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.drop_path(self.pw2(self.act(self.mix(self.pw1(self.norm(x))))))
+
+
+class LargeKernelBlock(_PreNormBlock):
+    """Mixes positions with a very large depthwise kernel."""
+
+    def __init__(self, dim: int, kernel_size: int, drop_path: float = 0.0, device=None, dtype=None, **conv_args):
+        """
+        Args:
+            dim: Channels.
+            kernel_size: Taps of the large kernel in each dimension.
+            drop_path: Rate at which the residual branch is dropped in training.
+            **conv_args: Further arguments of RepSMPConv2d.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        mix = RepSMPConv2d(dim, dim, kernel_size, groups=dim, **conv_args, **dd)
+        super().__init__(dim, dim, True, mix, nn.ReLU(), drop_path, **dd)
+
+
+class ConvFFN(_PreNormBlock):
+    """Mixes channels."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop_path: float = 0.0, device=None, dtype=None):
+        """
+        Args:
+            dim: Channels.
+            hidden_dim: Channels between the two convolutions.
+            drop_path: Rate at which the residual branch is dropped in training.
+        """
+        super().__init__(dim, hidden_dim, False, nn.Identity(), nn.GELU(), drop_path, device=device, dtype=dtype)
+
+
+class SMPConvStage(nn.Module):
+    """Optional downsampling by two, then pairs of a large-kernel block and a ConvFFN."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        depth: int,
+        kernel_size: int,
+        mlp_ratio: float,
+        downsample: bool,
+        drop_path: Sequence[float],
+        device=None,
+        dtype=None,
+        **conv_args,
+    ):
+        """
+        Args:
+            in_dim: Input channels.
+            dim: Channels of the stage.
+            depth: Number of pairs of blocks.
+            kernel_size: Taps of the large kernels in each dimension.
+            mlp_ratio: Hidden width of a ConvFFN, relative to dim.
+            downsample: Start with a transition that halves the resolution.
+            drop_path: Stochastic depth rate of each pair.
+            **conv_args: Further arguments of RepSMPConv2d.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = (
+            nn.Sequential(
+                ConvNorm(in_dim, dim, 1, **dd),
+                ConvNorm(dim, dim, 3, stride=2, groups=dim, **dd),
+            )
+            if downsample
+            else nn.Identity()
+        )
+        blocks = []
+        for i in range(depth):
+            blocks.append(LargeKernelBlock(dim, kernel_size, drop_path=drop_path[i], **conv_args, **dd))
+            blocks.append(ConvFFN(dim, int(dim * mlp_ratio), drop_path=drop_path[i], **dd))
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class SMPConv(SMPConvBase):
+    """SMPConv image classification network."""
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        depths: Sequence[int] = (2, 2, 8, 2),
+        dims: Sequence[int] = (96, 192, 384, 768),
+        kernel_sizes: Sequence[int] = (31, 29, 27, 13),
+        mlp_ratio: float = 4.0,
+        points_divisor: int = 4,
+        num_points: Union[int, Sequence[int], None] = None,
+        small_kernel_size: int = 5,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        inference_mode: bool = False,
+        device=None,
+        dtype=None,
+        **kernel_args,
+    ):
+        """
+        Args:
+            num_classes: Number of classes; 0 for no classifier.
+            in_chans: Input channels.
+            global_pool: Global pooling type, '' for none.
+            depths: Pairs of blocks of each stage.
+            dims: Channels of each stage.
+            kernel_sizes: Taps of the large kernels of each stage, odd.
+            mlp_ratio: Hidden width of a ConvFFN, relative to the channels.
+            points_divisor: Points of a kernel are floor(k^2 / points_divisor) ...
+            num_points: ... unless given here, one number for all stages or one per stage.
+            small_kernel_size: Taps of the small branch, odd.
+            drop_rate: Dropout rate in front of the classifier.
+            drop_path_rate: Largest rate of stochastic depth, growing linearly over the pairs of blocks.
+            inference_mode: Build the deployed form.
+            **kernel_args: radius, coord_std, learn_coords, learn_radius of SMPConv2d.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(num_classes, in_chans)
+        if not len(depths) == len(dims) == len(kernel_sizes):
+            raise ValueError(
+                f'depths, dims and kernel_sizes must have one entry per stage, '
+                f'got {tuple(depths)}, {tuple(dims)} and {tuple(kernel_sizes)}.'
+            )
+        if points_divisor < 1:
+            raise ValueError(f'points_divisor must be positive, got {points_divisor}.')
+        if num_points is None:
+            num_points = [max(k * k // points_divisor, 1) for k in kernel_sizes]
+        elif isinstance(num_points, int):
+            num_points = [num_points] * len(depths)
+        elif len(num_points) != len(depths):
+            raise ValueError(f'num_points must be a number or one per stage ({len(depths)}), got {tuple(num_points)}.')
+        width = dims[0]
+        self.stem = nn.Sequential(
+            ConvNorm(in_chans, width, 3, stride=2, **dd),
+            ConvNorm(width, width, 3, groups=width, **dd),
+            ConvNorm(width, width, 1, **dd),
+            ConvNorm(width, width, 3, stride=2, groups=width, **dd),
+        )
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        for i in range(len(depths)):
+            stages.append(
+                SMPConvStage(
+                    dims[max(i - 1, 0)],
+                    dims[i],
+                    depths[i],
+                    kernel_sizes[i],
+                    mlp_ratio=mlp_ratio,
+                    downsample=i > 0,
+                    drop_path=drop_path_rates[i],
+                    num_points=num_points[i],
+                    small_kernel_size=small_kernel_size,
+                    **kernel_args,
+                    **dd,
+                )
+            )
+            self.feature_info += [dict(num_chs=dims[i], reduction=4 * 2**i, module=f'stages.{i}')]
+        self.stages = nn.Sequential(*stages)
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.norm = AffineNorm(self.num_features, **dd)
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.apply(_init_weights)
+        if inference_mode:
+            self.eval().reparameterize().train()
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+_REFERENCE_RULES = (
+    (r'\.prelkb_bn\.|\.preffn_bn\.', '.norm.'),
+    (r'\.large_kernel\.smp\.conv\.', '.mix.large.kernel.'),
+    (r'\.large_kernel\.smp\.bn\.', '.mix.large_norm.'),
+    (r'\.large_kernel\.small_conv\.conv\.', '.mix.small.'),
+    (r'\.large_kernel\.small_conv\.bn\.', '.mix.small_norm.'),
+    (r'^transitions\.(\d+)\.', lambda match: f'stages.{int(match[1]) + 1}.downsample.'),
+    (r'^head\.', 'head.fc.'),
+)
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: SMPConv) -> Dict[str, torch.Tensor]:
+    """Accepts this package's layout and the reference layout, for any number of input channels."""
+    state_dict = convert_reference(state_dict, model, _REFERENCE_RULES)
+    return adapt_input_channels(state_dict, model.in_chans, ('stem.0.conv.weight',))
+
+
+def _create_smpconv(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    return build(
+        SMPConv, variant, pretrained, checkpoint_filter_fn, num_stages=len(kwargs.get('depths', range(4))), **kwargs
+    )
+
+
+def _cfg(name: str, **kwargs: Any) -> Dict[str, Any]:
+    return cfg(
+        name,
+        **{
+            'num_classes': 1000,
+            'input_size': (3, 224, 224),
+            'pool_size': (7, 7),
+            'crop_pct': 0.875,
+            'interpolation': 'bicubic',
+            'mean': IMAGENET_DEFAULT_MEAN,
+            'std': IMAGENET_DEFAULT_STD,
+            'first_conv': 'stem.0.conv',
+            **kwargs,
+        },
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: _cfg(name)
+        for name in ('smpconv_tiny.in1k', 'smpconv_base.in1k', 'smpconv_mobile31.in1k', 'smpconv_mobile51.in1k')
+    }
+)
+
+
+@register_model
+def smpconv_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SMPConv-T (Table 4)."""
+    model_args = dict(depths=(2, 2, 8, 2), dims=(96, 192, 384, 768))
+    return _create_smpconv('smpconv_tiny', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def smpconv_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SMPConv-B (Table 4)."""
+    model_args = dict(depths=(2, 2, 20, 2), dims=(128, 256, 512, 1024))
+    return _create_smpconv('smpconv_base', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def smpconv_mobile31(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Mobile network with kernels up to 31 x 31 (Table 5)."""
+    model_args = dict(depths=(2, 2, 2, 2), dims=(64, 128, 256, 320), mlp_ratio=2.0, points_divisor=8)
+    return _create_smpconv('smpconv_mobile31', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def smpconv_mobile51(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Mobile network with kernels up to 51 x 51 (Table 5)."""
+    model_args = dict(
+        depths=(2, 2, 2, 2), dims=(64, 128, 256, 320), kernel_sizes=(51, 49, 47, 13), mlp_ratio=2.0, points_divisor=8
+    )
+    return _create_smpconv('smpconv_mobile51', pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,188 @@
+"""SMPConv CIFAR network: dense 33 x 33 kernels at full resolution (paper, section 4.2)."""
+
+from collections import OrderedDict
+from typing import Any, Dict, Sequence
+
+import torch
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
+from timm.models import checkpoint, generate_default_cfgs, register_model
+from torch import nn
+
+from ..layers import RepSMPConv2d
+from ._base import SMPConvBase
+from ._builder import build, cfg
+from ._checkpoint import adapt_input_channels, convert_reference
+
+__all__ = ['SMPConvCifar']
+
+
+class ResidualBlock(nn.Module):
+    """relu(two-branch(drop(relu(two-branch(x)))) + shortcut(x))."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int,
+        drop_rate: float = 0.0,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+        **conv_args,
+    ):
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            kernel_size: Taps of the large kernels in each dimension.
+            drop_rate: Dropout rate between the two convolutions.
+            drop_path: Rate at which the residual branch is dropped in training.
+            **conv_args: Further arguments of RepSMPConv2d.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.grad_checkpointing = False
+        self.conv1 = RepSMPConv2d(in_chs, out_chs, kernel_size, **conv_args, **dd)
+        self.conv2 = RepSMPConv2d(out_chs, out_chs, kernel_size, **conv_args, **dd)
+        self.act = nn.ReLU()
+        self.drop = nn.Dropout(drop_rate)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.shortcut = nn.Identity()
+        if in_chs != out_chs:
+            self.shortcut = nn.Conv2d(in_chs, out_chs, 1, **dd)
+            nn.init.trunc_normal_(self.shortcut.weight, std=0.02)
+            nn.init.zeros_(self.shortcut.bias)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv2(self.drop(self.act(self.conv1(x))))
+        return self.act(self.drop_path(y) + self.shortcut(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint(self._forward, x)
+        return self._forward(x)
+
+
+class SMPConvCifar(SMPConvBase):
+    """SMPConv network for small images; feature maps keep the resolution of the input."""
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        dims: Sequence[int] = (24, 24, 24, 36, 36, 36, 48, 48),
+        kernel_size: int = 33,
+        num_points: int = 16,
+        radius: float = 0.12,
+        coord_std: float = 0.05,
+        small_kernel_size: int = 3,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        inference_mode: bool = False,
+        device=None,
+        dtype=None,
+        **kernel_args,
+    ):
+        """
+        Args:
+            num_classes: Number of classes; 0 for no classifier.
+            in_chans: Input channels.
+            global_pool: Global pooling type, '' for none.
+            dims: Channels of the stem and of each block.
+            kernel_size: Taps of the large kernels, odd.
+            num_points: Points of a filter.
+            radius: Initial radius of the points.
+            coord_std: Standard deviation of the initial coordinates.
+            small_kernel_size: Taps of the small branch, odd.
+            drop_rate: Dropout rate within the blocks.
+            drop_path_rate: Largest rate of stochastic depth, growing linearly with the depth.
+            inference_mode: Build the deployed form.
+            **kernel_args: learn_coords, learn_radius of SMPConv2d.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(num_classes, in_chans)
+        if len(dims) < 2:
+            raise ValueError(f'dims must hold the channels of the stem and of at least one block, got {tuple(dims)}.')
+        conv_args = dict(
+            num_points=num_points,
+            radius=radius,
+            coord_std=coord_std,
+            small_kernel_size=small_kernel_size,
+            **kernel_args,
+            **dd,
+        )
+        self.stem = nn.Sequential(
+            OrderedDict(
+                conv=RepSMPConv2d(in_chans, dims[0], kernel_size, small_bias=True, **conv_args),
+                act=nn.ReLU(),
+            )
+        )
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, len(dims) - 1)
+        stages = []
+        for i, (in_chs, out_chs) in enumerate(zip(dims, dims[1:])):
+            stages.append(
+                ResidualBlock(
+                    in_chs, out_chs, kernel_size, drop_rate=drop_rate, drop_path=drop_path_rates[i], **conv_args
+                )
+            )
+            self.feature_info += [dict(num_chs=out_chs, reduction=1, module=f'stages.{i}')]
+        self.stages = nn.Sequential(*stages)
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, **dd)
+        if num_classes:
+            nn.init.kaiming_normal_(self.head.fc.weight)
+            nn.init.zeros_(self.head.fc.bias)
+        if inference_mode:
+            self.eval().reparameterize().train()
+
+
+_REFERENCE_RULES = (
+    (r'^(cconv1|norm1)', r'stem.\1'),
+    (r'^blocks\.', 'stages.'),
+    (r'^stem\.(cconv|norm)1', r'stem.\1'),
+    (r'\.cconv(\d?)s\.', r'.conv\1.small.'),
+    (r'\.cconv(\d?)\.Kernel\.', r'.conv\1.large.kernel.'),
+    (r'\.norm(\d?)s\.', r'.conv\1.small_norm.'),
+    (r'\.norm(\d?)\.', r'.conv\1.large_norm.'),
+    (r'\.shortcut\.0\.', '.shortcut.'),
+    (r'^out_layer\.', 'head.fc.'),
+)
+_FIRST_LAYER = ('stem.conv.large.kernel.weights', 'stem.conv.small.weight', 'stem.conv.weight')
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: SMPConvCifar) -> Dict[str, torch.Tensor]:
+    """Accepts this package's layout and the reference layout, for any number of input channels."""
+    state_dict = convert_reference(state_dict, model, _REFERENCE_RULES)
+    classifier = state_dict.get('head.fc.weight')
+    if classifier is not None and classifier.ndim == 4:  # a 1x1 convolution in the reference
+        state_dict['head.fc.weight'] = classifier.flatten(1)
+    return adapt_input_channels(state_dict, model.in_chans, _FIRST_LAYER)
+
+
+def _create_smpconv_cifar(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    num_stages = len(kwargs.get('dims', range(8))) - 1
+    return build(SMPConvCifar, variant, pretrained, checkpoint_filter_fn, num_stages=num_stages, **kwargs)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'smpconv_cifar.c10': cfg(
+            'smpconv_cifar.c10',
+            num_classes=10,
+            input_size=(3, 32, 32),
+            pool_size=(32, 32),
+            crop_pct=1.0,
+            interpolation='bilinear',
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            first_conv='stem.conv.small',
+        ),
+    }
+)
+
+
+@register_model
+def smpconv_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The CIFAR-10 network (Table 3)."""
+    return _create_smpconv_cifar('smpconv_cifar', pretrained, **kwargs)

@@ -1,0 +1,349 @@
+"""SMPConv sequence networks: causal convolutions as long as the sequence (the FlexTCN layout; paper, section 4.1)."""
+
+from collections import OrderedDict
+from typing import Any, Dict, Optional, Sequence
+
+import numpy as np
+import torch
+from timm.layers import DropPath, calculate_drop_path_rates
+from timm.models import checkpoint, generate_default_cfgs, register_model, register_notrace_function
+from torch import nn
+
+from ..layers import RepSMPConv1d
+from ._base import SMPConvBase
+from ._builder import build, cfg
+from ._checkpoint import adapt_input_channels, convert_reference
+
+__all__ = ['SMPConvSeq']
+
+
+@register_notrace_function
+def permute_steps(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
+    """Reorders the time steps of (B, C, L) or (B, C, H, W), read row by row, and keeps the layout.
+
+    Args:
+        x: Sequence.
+        permutation: Source of each step, (L,).
+
+    Raises:
+        ValueError: The sequence has another length.
+    """
+    steps = x.flatten(2)
+    if not torch.jit.is_scripting() and steps.shape[2] != permutation.shape[0]:
+        raise ValueError(
+            f'This model permutes sequences of {permutation.shape[0]} steps, got an input of shape {tuple(x.shape)}: '
+            f'its length (or height times width) must be {permutation.shape[0]}.'
+        )
+    return steps.index_select(2, permutation).unflatten(2, x.shape[2:])
+
+
+class PermuteSteps(nn.Module):
+    """A fixed permutation of the time steps, kept in the buffer `permutation`."""
+
+    def __init__(self, permutation: Sequence[int], device=None):
+        """
+        Args:
+            permutation: Source of each step, all of 0 ... L - 1.
+
+        Raises:
+            ValueError: Not a permutation.
+        """
+        super().__init__()
+        self._steps = [int(step) for step in permutation]
+        if sorted(self._steps) != list(range(len(self._steps))):
+            raise ValueError(f'permutation must hold each of 0 ... {len(self._steps) - 1} once.')
+        self.register_buffer('permutation', torch.empty(len(self._steps), dtype=torch.long, device=device))
+        self.init_non_persistent_buffers()
+
+    @torch.jit.ignore
+    def init_non_persistent_buffers(self) -> None:
+        """Fills the buffer, after construction on the meta device."""
+        self.permutation.copy_(torch.tensor(self._steps))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return permute_steps(x, self.permutation)
+
+
+class SequenceBlock(nn.Module):
+    """Residual block: drop(relu(two-branch)) twice, plus a shortcut, then relu. Takes (B, C, L) or (B, C, H, W)."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int,
+        drop_rate: float = 0.0,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+        **conv_args,
+    ):
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            kernel_size: Taps of the large kernels.
+            drop_rate: Dropout rate behind each activation.
+            drop_path: Rate at which the residual branch is dropped in training.
+            **conv_args: Further arguments of RepSMPConv1d.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.grad_checkpointing = False
+        self.conv1 = RepSMPConv1d(in_chs, out_chs, kernel_size, **conv_args, **dd)
+        self.conv2 = RepSMPConv1d(out_chs, out_chs, kernel_size, **conv_args, **dd)
+        self.act = nn.ReLU()
+        self.drop = nn.Dropout(drop_rate)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.shortcut = nn.Conv1d(in_chs, out_chs, 1, **dd) if in_chs != out_chs else nn.Identity()
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.drop(self.act(self.conv1(x)))
+        y = self.drop(self.act(self.conv2(y)))
+        return self.act(self.drop_path(y) + self.shortcut(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        steps = x.flatten(2)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            y = checkpoint(self._forward, steps)
+        else:
+            y = self._forward(steps)
+        return y.unflatten(2, x.shape[2:])
+
+
+class SequenceHead(nn.Module):
+    """Pools a sequence, (B, C, L) or (B, C, H, W) read row by row, and classifies it."""
+
+    def __init__(self, in_features: int, num_classes: int, pool_type: str = 'last', device=None, dtype=None):
+        """
+        Args:
+            in_features: Input channels.
+            num_classes: Number of classes; 0 for no classifier.
+            pool_type: 'last' time step, 'avg' over all, '' for no pooling.
+
+        Raises:
+            ValueError: An unknown pooling, or a classifier without pooling.
+        """
+        super().__init__()
+        self.in_features = in_features
+        self.pool_type = pool_type
+        self.reset(num_classes, pool_type, device=device, dtype=dtype)
+
+    @torch.jit.ignore
+    def reset(self, num_classes: int, pool_type: Optional[str] = None, device=None, dtype=None) -> None:
+        """Replaces the classifier and, unless None, the pooling."""
+        pool_type = self.pool_type if pool_type is None else pool_type
+        if pool_type not in ('last', 'avg', ''):
+            raise ValueError(f"global_pool must be 'last', 'avg' or '' (none), got {pool_type!r}.")
+        if num_classes and not pool_type:
+            raise ValueError(f"global_pool='' leaves nothing to classify: use num_classes=0, got {num_classes}.")
+        old = getattr(self, 'fc', None)
+        if isinstance(old, nn.Linear):
+            device, dtype = device or old.weight.device, dtype or old.weight.dtype
+        self.pool_type = pool_type
+        if num_classes:
+            self.fc = nn.Linear(self.in_features, num_classes, device=device, dtype=dtype)
+            nn.init.normal_(self.fc.weight, std=0.01)
+            nn.init.zeros_(self.fc.bias)
+        else:
+            self.fc = nn.Identity()
+
+    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        if self.pool_type == 'last':
+            x = x.flatten(2)[:, :, -1]
+        elif self.pool_type == 'avg':
+            x = x.flatten(2).mean(2)
+        return x if pre_logits else self.fc(x)
+
+
+class SMPConvSeq(SMPConvBase):
+    """SMPConv network for sequences (B, C, L), or for images (B, C, H, W) read row by row.
+
+    Feature maps keep the layout of the input. The kernels keep their number of taps whatever the length of the input.
+    """
+
+    sequence = True
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_chans: int = 1,
+        global_pool: str = 'last',
+        kernel_size: int = 784,
+        depth: int = 6,
+        dim: int = 30,
+        num_points: int = 30,
+        radius: float = 0.002,
+        coord_std: float = 0.1,
+        small_kernel_size: int = 5,
+        conv_bias: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        input_drop_rate: float = 0.0,
+        permutation: Optional[Sequence[int]] = None,
+        inference_mode: bool = False,
+        device=None,
+        dtype=None,
+        **kernel_args,
+    ):
+        """
+        Args:
+            num_classes: Number of classes; 0 for no classifier.
+            in_chans: Input channels.
+            global_pool: 'last' time step, 'avg' over all, '' for no pooling.
+            kernel_size: Taps of the large kernels: the length of the sequences trained on.
+            depth: Number of blocks.
+            dim: Channels.
+            num_points: Points of a filter.
+            radius: Initial radius of the points.
+            coord_std: Standard deviation of the initial coordinates.
+            small_kernel_size: Taps of the small branch.
+            conv_bias: Bias in the large convolutions.
+            drop_rate: Dropout rate within the blocks.
+            drop_path_rate: Largest rate of stochastic depth, growing linearly with the depth.
+            input_drop_rate: Dropout rate of the input.
+            permutation: Fixed order in which the time steps are read; None for their own order.
+            inference_mode: Build the deployed form.
+            **kernel_args: learn_coords, learn_radius of SMPConv1d.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(num_classes, in_chans)
+        if depth < 1 or dim < 1:
+            raise ValueError(f'depth and dim must be positive, got depth={depth}, dim={dim}.')
+        stem: OrderedDict[str, nn.Module] = OrderedDict()
+        if permutation is not None:
+            stem['permute'] = PermuteSteps(permutation, device=device)
+        stem['drop'] = nn.Dropout(input_drop_rate)
+        self.stem = nn.Sequential(stem)
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, depth)
+        stages = []
+        for i in range(depth):
+            stages.append(
+                SequenceBlock(
+                    in_chans if i == 0 else dim,
+                    dim,
+                    kernel_size,
+                    num_points=num_points,
+                    radius=radius,
+                    coord_std=coord_std,
+                    small_kernel_size=small_kernel_size,
+                    large_bias=conv_bias,
+                    drop_rate=drop_rate,
+                    drop_path=drop_path_rates[i],
+                    **kernel_args,
+                    **dd,
+                )
+            )
+            self.feature_info += [dict(num_chs=dim, reduction=1, module=f'stages.{i}')]
+        self.stages = nn.Sequential(*stages)
+        self.num_features = self.head_hidden_size = dim
+        self.head = SequenceHead(dim, num_classes, global_pool, **dd)
+        if inference_mode:
+            self.eval().reparameterize().train()
+
+
+_REFERENCE_RULES = (
+    (r'^backbone\.', 'stages.'),
+    (r'\.cconv(\d)s\.', r'.conv\1.small.'),
+    (r'\.cconv(\d)\.Kernel\.', r'.conv\1.large.kernel.'),
+    (r'\.cconv(\d)\.bias$', r'.conv\1.large.bias'),
+    (r'\.norm(\d)s\.', r'.conv\1.small_norm.'),
+    (r'\.norm(\d)\.', r'.conv\1.large_norm.'),
+    (r'\.shortcut\.0\.', '.shortcut.'),
+    (r'^finallyr\.', 'head.fc.'),
+)
+_FIRST_LAYER = tuple(
+    f'stages.0.{name}'
+    for name in ('conv1.large.kernel.weights', 'conv1.small.weight', 'conv1.weight', 'shortcut.weight')
+)
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: SMPConvSeq) -> Dict[str, torch.Tensor]:
+    """Accepts this package's layout and the reference layout, for any number of input channels."""
+    state_dict = convert_reference(state_dict, model, _REFERENCE_RULES)
+    if 'stem.permute.permutation' in model.state_dict():  # not part of the reference checkpoint
+        state_dict.setdefault('stem.permute.permutation', model.stem.permute.permutation)
+    return adapt_input_channels(state_dict, model.in_chans, _FIRST_LAYER)
+
+
+def _create_smpconv_seq(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    return build(SMPConvSeq, variant, pretrained, checkpoint_filter_fn, num_stages=kwargs.get('depth', 6), **kwargs)
+
+
+def _cfg(name: str, **kwargs: Any) -> Dict[str, Any]:
+    return cfg(
+        name,
+        **{
+            'num_classes': 10,
+            'pool_size': kwargs['input_size'][1:],
+            'crop_pct': 1.0,
+            'interpolation': 'bilinear',
+            'first_conv': 'stages.0.conv1.small',
+            **kwargs,
+        },
+    )
+
+
+_MNIST = dict(input_size=(1, 28, 28), mean=(0.1307,), std=(0.3081,))
+
+default_cfgs = generate_default_cfgs(
+    {
+        'smpconv_seq_mnist.smnist': _cfg('smpconv_seq_mnist.smnist', **_MNIST),
+        'smpconv_seq_pmnist.pmnist': _cfg('smpconv_seq_pmnist.pmnist', **_MNIST, fixed_input_size=True),
+        'smpconv_seq_cifar.scifar10': _cfg(
+            'smpconv_seq_cifar.scifar10', input_size=(3, 32, 32), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+        ),
+        'smpconv_seq_chartraj.ct': _cfg(
+            'smpconv_seq_chartraj.ct', input_size=(3, 1, 182), num_classes=20, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+        ),
+        'smpconv_seq_speech.sc': _cfg(
+            'smpconv_seq_speech.sc', input_size=(20, 1, 161), mean=(0.0,) * 20, std=(1.0,) * 20
+        ),
+        'smpconv_seq_speech_raw.sc_raw': _cfg(
+            'smpconv_seq_speech_raw.sc_raw', input_size=(1, 1, 16000), mean=(0.0,), std=(1.0,)
+        ),
+    }
+)
+
+
+@register_model
+def smpconv_seq_mnist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Sequential MNIST, 784 steps."""
+    return _create_smpconv_seq('smpconv_seq_mnist', pretrained, **kwargs)
+
+
+@register_model
+def smpconv_seq_pmnist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Sequential MNIST with permuted pixels, 784 steps; the authors drew the permutation with numpy's seed 0."""
+    height, width = kwargs.pop('img_size', None) or (28, 28)
+    length = height * width
+    model_args = dict(kernel_size=length, permutation=np.random.RandomState(0).permutation(length).tolist())
+    return _create_smpconv_seq('smpconv_seq_pmnist', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def smpconv_seq_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Sequential CIFAR-10, 1024 steps."""
+    model_args = dict(kernel_size=1024, conv_bias=True)
+    return _create_smpconv_seq('smpconv_seq_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def smpconv_seq_chartraj(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Character trajectories, 182 steps."""
+    model_args = dict(kernel_size=182, radius=0.012, conv_bias=True)
+    return _create_smpconv_seq('smpconv_seq_chartraj', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def smpconv_seq_speech(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Speech Commands as 161 frames of 20 MFCC."""
+    model_args = dict(kernel_size=161, radius=0.012, conv_bias=True)
+    return _create_smpconv_seq('smpconv_seq_speech', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def smpconv_seq_speech_raw(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Speech Commands as 16,000 samples."""
+    model_args = dict(kernel_size=16000, radius=0.0002)
+    return _create_smpconv_seq('smpconv_seq_speech_raw', pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,8 @@
+from .functional import (
+    available_backends as available_backends,
+    causal_conv1d as causal_conv1d,
+    choose_backend as choose_backend,
+    conv2d as conv2d,
+    depthwise_conv2d as depthwise_conv2d,
+    use_backend as use_backend,
+)

@@ -1,0 +1,93 @@
+"""Convolution in the frequency domain.
+
+Exact up to rounding for any kernel, at a cost that hardly depends on the number of taps. Half precision inputs are
+transformed in float32. First derivatives only: a second backward pass raises.
+"""
+
+from typing import List, Tuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+__all__ = ['correlate', 'fast_len']
+
+
+def correlate(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool) -> torch.Tensor:
+    """y[t] = sum_k w[k] x[t + k - left] with x zero outside its support, for every t in it.
+
+    Args:
+        x: Input, (B, I, *spatial) in one or two spatial dimensions.
+        weight: Kernel, (O, I, *taps), or (I, 1, *taps) if depthwise; no more than 2 * spatial - 1 taps.
+        left: Zeros to the left of the input, one number per spatial dimension.
+        depthwise: One filter per channel.
+
+    Returns:
+        Output, (B, O, *spatial), in the dtype of x.
+    """
+    compute = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    return _Correlate.apply(x.to(compute), weight.to(compute), left, depthwise).to(x.dtype)
+
+
+def fast_len(n: int) -> int:
+    """Smallest even length >= n with no prime factor above 7: real transforms of such lengths are fast."""
+    n += n % 2
+    while True:
+        rest = n
+        for p in (2, 3, 5, 7):
+            while rest % p == 0:
+                rest //= p
+        if rest == 1:
+            return n
+        n += 2
+
+
+class _Correlate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool):
+        shape, taps = x.shape[2:], weight.shape[2:]
+        # cyclic length for which no wrapped entry meets an output that is kept
+        size = [fast_len(n + max(p, k - 1 - p)) for n, k, p in zip(shape, taps, left)]
+        x_f, w_f = _transform(x, size, depthwise), _transform(weight, size, depthwise)
+        y_f = x_f * w_f[:, 0].conj() if depthwise else torch.bmm(x_f, w_f.mH)
+        y = _window(_inverse(y_f, size, depthwise), [-p for p in left], shape)
+        ctx.save_for_backward(x_f if ctx.needs_input_grad[1] else None, w_f if ctx.needs_input_grad[0] else None)
+        ctx.config = shape, taps, size, left, depthwise
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        shape, taps, size, left, depthwise = ctx.config
+        x_f, w_f = ctx.saved_tensors
+        grad_f = _transform(grad, size, depthwise)
+        grad_x = grad_w = None
+        if w_f is not None:  # dx[s] = sum_k w[k] dy[s - k + left]
+            spectrum = grad_f * w_f[:, 0] if depthwise else torch.bmm(grad_f, w_f)
+            grad_x = _window(_inverse(spectrum, size, depthwise), left, shape)
+        if x_f is not None:  # dw[k] = sum_t dy[t] x[t + k - left]
+            spectrum = (grad_f.conj() * x_f).sum(0).unsqueeze(1) if depthwise else torch.bmm(grad_f.mH, x_f)
+            grad_w = _window(_inverse(spectrum, size, depthwise), [-p for p in left], taps)
+        return grad_x, grad_w, None, None
+
+
+def _transform(x: torch.Tensor, size: List[int], depthwise: bool) -> torch.Tensor:
+    """(A, B, *spatial) -> spectrum (A, B, *bins), or (bins, A, B) for the matrix products of a dense convolution."""
+    spectrum = torch.fft.rfftn(x, s=size, dim=list(range(2, x.ndim)))
+    return spectrum if depthwise else spectrum.flatten(2).permute(2, 0, 1).contiguous()
+
+
+def _inverse(spectrum: torch.Tensor, size: List[int], depthwise: bool) -> torch.Tensor:
+    """Inverse of _transform: (A, B, *size)."""
+    if not depthwise:
+        spectrum = spectrum.permute(1, 2, 0).contiguous().unflatten(2, size[:-1] + [size[-1] // 2 + 1])
+    return torch.fft.irfftn(spectrum, s=size, dim=list(range(2, spectrum.ndim)))
+
+
+def _window(x: torch.Tensor, start: List[int], length: List[int]) -> torch.Tensor:
+    """Entries start ... start + length - 1 of a periodic signal in each spatial dimension; start may be negative."""
+    for dim, (s, n) in enumerate(zip(start, length), start=2):
+        if s < 0:
+            x = torch.cat([x.narrow(dim, x.shape[dim] + s, min(-s, n)), x.narrow(dim, 0, max(n + s, 0))], dim)
+        else:
+            x = x.narrow(dim, s, n)
+    return x

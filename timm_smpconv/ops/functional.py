@@ -1,0 +1,178 @@
+"""Large-kernel convolutions as plain functions of tensors, behind one chooser of backends.
+
+All are cross-correlations, as in torch, with stride 1 and outputs as large as the inputs. Kernel taps that no input can
+reach are cut off first.
+"""
+
+import contextlib
+import contextvars
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from timm.models import register_notrace_function
+
+from . import direct, fft, reference
+
+__all__ = ['available_backends', 'causal_conv1d', 'choose_backend', 'conv2d', 'depthwise_conv2d', 'use_backend']
+
+_BACKENDS: Dict[str, Callable[..., torch.Tensor]] = {
+    'reference': reference.correlate,
+    'direct': direct.correlate,
+    'fft': fft.correlate,
+}
+_forced: contextvars.ContextVar[Optional[str]] = contextvars.ContextVar('timm_smpconv_backend', default=None)
+
+
+def available_backends() -> List[str]:
+    """Names that `use_backend` takes."""
+    return list(_BACKENDS)
+
+
+@contextlib.contextmanager
+def use_backend(name: Optional[str]) -> Iterator[None]:
+    """Within the context all convolutions of this package use one backend; None returns the choice to the chooser.
+
+    Raises:
+        ValueError: The name is not one of `available_backends()`.
+    """
+    if name is not None and name not in _BACKENDS:
+        raise ValueError(f'Unknown backend {name!r}: expected one of {", ".join(_BACKENDS)}, or None.')
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose_backend(x: torch.Tensor, weight: torch.Tensor, depthwise: bool) -> str:
+    """Name of the backend that takes a convolution of x (B, I, *spatial) with weight (O, I or 1, *taps).
+
+    The rule compares multiply-adds. A direct convolution spends one per tap, input channel and output. The transforms
+    of the FFT cost about 5 log2(n) operations a point, its channel product four multiply-adds for a complex one; on top
+    comes the traffic of the larger complex arrays, the constant OVERHEAD. Training triples both sides for dense
+    convolutions, but the direct backward pass of a depthwise convolution has no fast implementation in torch.
+    """
+    taps = weight[0, 0].numel()
+    in_chs = weight.shape[1]
+    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if depthwise:
+        return 'fft' if training and taps > 49 else 'direct'
+    overhead = 24.0
+    return 'fft' if taps * in_chs > overhead * (4 + 0.1 * in_chs) * x.ndim else 'direct'
+
+
+def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """Depthwise convolution with zero padding k // 2.
+
+    Args:
+        x: Input, (B, C, H, W).
+        weight: Kernel, (C, 1, kh, kw), kh and kw odd.
+        bias: Bias, (C,).
+
+    Returns:
+        Output, (B, C, H, W).
+
+    Raises:
+        ValueError: Shapes that do not fit or an even kernel size.
+    """
+    if torch.jit.is_scripting():
+        return F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2], groups=x.shape[1])
+    _check('depthwise_conv2d', x, weight, bias, ndim=4, depthwise=True)
+    return _conv2d(x, weight, bias, True)
+
+
+def conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """Dense convolution with zero padding k // 2.
+
+    Args:
+        x: Input, (B, I, H, W).
+        weight: Kernel, (O, I, kh, kw), kh and kw odd.
+        bias: Bias, (O,).
+
+    Returns:
+        Output, (B, O, H, W).
+
+    Raises:
+        ValueError: Shapes that do not fit or an even kernel size.
+    """
+    if torch.jit.is_scripting():
+        return F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2])
+    _check('conv2d', x, weight, bias, ndim=4, depthwise=False)
+    return _conv2d(x, weight, bias, False)
+
+
+def causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """Dense causal convolution: output t sees inputs <= t, the last tap multiplies the present sample.
+
+    Args:
+        x: Input, (B, I, L).
+        weight: Kernel, (O, I, K), K of any parity and larger or smaller than L.
+        bias: Bias, (O,).
+
+    Returns:
+        Output, (B, O, L).
+
+    Raises:
+        ValueError: Shapes that do not fit.
+    """
+    if torch.jit.is_scripting():
+        return F.conv1d(F.pad(x, [weight.shape[2] - 1, 0]), weight, bias)
+    _check('causal_conv1d', x, weight, bias, ndim=3, depthwise=False)
+    taps = min(weight.shape[2], max(x.shape[2], 1))
+    weight = weight[..., weight.shape[2] - taps :]
+    return _run(x, weight, bias, (taps - 1,), False)
+
+
+# the chooser looks at shapes, which symbolic tracing cannot follow
+for _function in (depthwise_conv2d, conv2d, causal_conv1d):
+    register_notrace_function(_function)
+
+
+def _conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], depthwise: bool) -> torch.Tensor:
+    for dim in (2, 3):
+        half, reach = weight.shape[dim] // 2, max(x.shape[dim] - 1, 0)
+        if half > reach:
+            weight = weight.narrow(dim, half - reach, 2 * reach + 1)
+    return _run(x, weight, bias, (weight.shape[2] // 2, weight.shape[3] // 2), depthwise)
+
+
+def _run(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    left: Tuple[int, ...],
+    depthwise: bool,
+) -> torch.Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    correlate = _BACKENDS[_forced.get() or choose_backend(x, weight, depthwise)]
+    y = correlate(x, weight, left, depthwise)
+    return y if bias is None else y + bias.to(y.dtype).reshape(1, -1, *[1] * (y.ndim - 2))
+
+
+def _check(
+    name: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    ndim: int,
+    depthwise: bool,
+) -> None:
+    if x.ndim != ndim or weight.ndim != ndim:
+        raise ValueError(
+            f'{name} expects a {ndim}D input and a {ndim}D kernel, '
+            f'got shapes {tuple(x.shape)} and {tuple(weight.shape)}.'
+        )
+    if depthwise and (weight.shape[1] != 1 or weight.shape[0] != x.shape[1]):
+        raise ValueError(
+            f'{name} expects a kernel of shape ({x.shape[1]}, 1, kh, kw) for an input with {x.shape[1]} channels, '
+            f'got {tuple(weight.shape)}.'
+        )
+    if not depthwise and weight.shape[1] != x.shape[1]:
+        raise ValueError(f'{name} expects {weight.shape[1]} input channels, got an input of shape {tuple(x.shape)}.')
+    if ndim == 4 and not (weight.shape[2] % 2 and weight.shape[3] % 2):
+        raise ValueError(f'{name} expects an odd kernel size, got {tuple(weight.shape[2:])}.')
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f'{name} expects a bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}.')
