@@ -12,6 +12,7 @@ from .kernel import SMPKernel
 __all__ = ['CausalConv1d', 'LargeConv2d', 'SMPConv1d', 'SMPConv2d']
 
 
+@register_notrace_module
 class LargeConv2d(nn.Conv2d):
     """An nn.Conv2d with stride 1 and padding k // 2, dense or depthwise, that convolves through `ops`."""
 
@@ -52,6 +53,7 @@ class LargeConv2d(nn.Conv2d):
         return ops.depthwise_conv2d(x, self.weight, self.bias)
 
 
+@register_notrace_module
 class CausalConv1d(nn.Conv1d):
     """An nn.Conv1d with stride 1 whose output t sees inputs <= t; it convolves through `ops`."""
 
@@ -214,7 +216,7 @@ class SMPConv1d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, L) -> (B, out_chs, L)."""
-        return ops.causal_conv1d(x, self.kernel(), self.bias)
+        return ops.causal_conv1d(x, self.kernel.support(), self.bias)
 
     def to_conv(self, weight: torch.Tensor) -> nn.Module:
         """A plain convolution of the same shape, with the given dense kernel and a bias to be filled in."""

@@ -1,11 +1,14 @@
 """Continuous convolution kernels rendered from self-moving points (SMPConv, CVPR 2023)."""
 
+import math
 from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import nn
 
 __all__ = ['SMPKernel']
+
+_SUPPORT_STEP = 32
 
 
 def _check_positive(name: str, value: float) -> None:
@@ -154,22 +157,52 @@ class SMPKernel(nn.Module):
         elif isinstance(size, int):
             dims = [size] * self.ndim
         else:
-            dims = size
+            dims = list(size)
         if torch.jit.is_scripting():
             return self._render(dims)
         self._check_size(dims)
-        if self.weights.is_meta:
-            return self._render(dims)
-        # reduced precision moves the points by whole taps in a long kernel
-        with torch.autocast(self.weights.device.type, enabled=False):
-            return self._render(dims)
+        return self._render_full_precision(dims)
 
-    def _render(self, size: List[int]) -> torch.Tensor:
+    def support(self) -> torch.Tensor:
+        """Renders a 1D kernel without its leading taps as far as no point reaches them.
+
+        A causal convolution with the result equals one with the whole kernel, at less cost: fresh points lie near the
+        present. Where the number of taps may not depend on the values of parameters (torch.compile, export, tracing)
+        or reading them would wait for a GPU, the whole kernel is rendered.
+
+        Returns:
+            Last taps of the kernel, (out_chs, in_chs, taps).
+        """
+        if torch.jit.is_scripting():
+            return self.forward()
+        if self.training:
+            self.project()
+        taps = self.kernel_size[0]
+        fixed = torch.compiler.is_compiling() or torch.jit.is_tracing() or self.weights.device.type != 'cpu'
+        if fixed or taps < 2 * _SUPPORT_STEP:
+            return self._render_full_precision(self.kernel_size)
+        first = (self.coords.detach().squeeze(2) - self.radius.detach()).min().item()
+        if not math.isfinite(first):
+            return self._render_full_precision(self.kernel_size)
+        # one tap more than computed, against rounding, and few different numbers, as each is planned anew by an FFT
+        needed = min(max((1.0 - first) / 2.0 * (taps - 1), 0.0), taps) + 2.0
+        needed = math.ceil(needed / _SUPPORT_STEP) * _SUPPORT_STEP
+        return self._render_full_precision(self.kernel_size, skip=max(taps - needed, 0))
+
+    @torch.jit.unused
+    def _render_full_precision(self, size: List[int], skip: int = 0) -> torch.Tensor:
+        if self.weights.is_meta:  # has no autocast
+            return self._render(size, skip)
+        # reduced precision would move the points of a long kernel by whole taps
+        with torch.autocast(self.weights.device.type, enabled=False):
+            return self._render(size, skip)
+
+    def _render(self, size: List[int], skip: int = 0) -> torch.Tensor:
         dtype = self.weights.dtype
         compute = torch.float32 if dtype == torch.float16 or dtype == torch.bfloat16 else dtype
         coords, weights = self.coords.to(compute), self.weights.to(compute)
         # one |x_d - p_d| a dimension, in the order of the kernel's axes
-        x = torch.linspace(-1.0, 1.0, size[-1], dtype=torch.float32, device=coords.device).to(compute)
+        x = torch.linspace(-1.0, 1.0, size[-1], dtype=torch.float32, device=coords.device)[skip:].to(compute)
         distance = (coords[:, :, 0:1] - x).abs()  # G, N, kw
         if self.ndim == 2:
             y = torch.linspace(-1.0, 1.0, size[0], dtype=torch.float32, device=coords.device).to(compute).flip(0)
@@ -182,7 +215,7 @@ class SMPKernel(nn.Module):
             kernel = weights.flatten(0, 1) @ reach[0]
         else:
             kernel = torch.bmm(weights, reach)
-        return kernel.to(dtype).reshape([self.out_chs, self.in_chs] + list(size))
+        return kernel.to(dtype).reshape([self.out_chs, self.in_chs] + size[:-1] + [size[-1] - skip])
 
     @torch.jit.unused
     def _check_size(self, size: List[int]) -> None:

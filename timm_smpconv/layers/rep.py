@@ -5,6 +5,7 @@ from typing import Optional, Tuple, Type, Union
 import torch
 import torch.nn.functional as F
 from timm.layers import ConvNormAct
+from timm.models import register_notrace_module
 from torch import nn
 
 from .conv import CausalConv1d, LargeConv2d, SMPConv1d, SMPConv2d
@@ -72,6 +73,7 @@ class ConvNorm(ConvNormAct):
         self.eval()
 
 
+@register_notrace_module
 class AffineNorm(nn.BatchNorm2d):
     """A batch norm with nothing next to it to fold into: deploys as a depthwise 1x1 convolution."""
 

@@ -35,10 +35,18 @@ def check_input(x: torch.Tensor, in_chans: int, sequence: bool) -> torch.Tensor:
 class SMPConvBase(nn.Module):
     """Base of all networks: subclasses build `stem`, `stages`, `norm`, `head`, `feature_info` and `num_features`."""
 
-    sequence = False  # takes (B, C, L) as well as (B, C, H, W)
+    def __init__(self, num_classes: int, in_chans: int, sequence: bool = False):
+        """
+        Args:
+            num_classes: Number of classes; 0 for no classifier.
+            in_chans: Input channels.
+            sequence: The network takes (B, C, L) as well as (B, C, H, W).
 
-    def __init__(self, num_classes: int, in_chans: int):
+        Raises:
+            ValueError: A number is out of range.
+        """
         super().__init__()
+        self.sequence = sequence
         if in_chans < 1:
             raise ValueError(f'in_chans must be positive, got {in_chans}.')
         if num_classes < 0:
@@ -118,6 +126,8 @@ class SMPConvBase(nn.Module):
         """
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
+        parameter = next(self.parameters())
+        self.head.to(device=parameter.device, dtype=parameter.dtype).train(self.training)
 
     @torch.jit.ignore
     def forward_intermediates(

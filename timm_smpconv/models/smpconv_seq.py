@@ -127,26 +127,27 @@ class SequenceHead(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.pool_type = pool_type
-        self.reset(num_classes, pool_type, device=device, dtype=dtype)
+        self.reset(num_classes, pool_type)
+        self.to(device=device, dtype=dtype)
 
     @torch.jit.ignore
-    def reset(self, num_classes: int, pool_type: Optional[str] = None, device=None, dtype=None) -> None:
-        """Replaces the classifier and, unless None, the pooling."""
-        pool_type = self.pool_type if pool_type is None else pool_type
-        if pool_type not in ('last', 'avg', ''):
-            raise ValueError(f"global_pool must be 'last', 'avg' or '' (none), got {pool_type!r}.")
-        if num_classes and not pool_type:
-            raise ValueError(f"global_pool='' leaves nothing to classify: use num_classes=0, got {num_classes}.")
-        old = getattr(self, 'fc', None)
-        if isinstance(old, nn.Linear):
-            device, dtype = device or old.weight.device, dtype or old.weight.dtype
-        self.pool_type = pool_type
+    def reset(self, num_classes: int, pool_type: Optional[str] = None) -> None:
+        """Replaces the classifier and, unless None, the pooling.
+
+        Raises:
+            ValueError: An unknown pooling, or a classifier asked for without pooling.
+        """
+        if pool_type is not None:
+            if pool_type not in ('last', 'avg', ''):
+                raise ValueError(f"global_pool must be 'last', 'avg' or '' (none), got {pool_type!r}.")
+            if num_classes and not pool_type:
+                raise ValueError(f"global_pool='' leaves nothing to classify: use num_classes=0, got {num_classes}.")
+            self.pool_type = pool_type
+        self.fc: nn.Module = nn.Identity()
         if num_classes:
-            self.fc = nn.Linear(self.in_features, num_classes, device=device, dtype=dtype)
+            self.fc = nn.Linear(self.in_features, num_classes)
             nn.init.normal_(self.fc.weight, std=0.01)
             nn.init.zeros_(self.fc.bias)
-        else:
-            self.fc = nn.Identity()
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         if self.pool_type == 'last':
@@ -161,8 +162,6 @@ class SMPConvSeq(SMPConvBase):
 
     Feature maps keep the layout of the input. The kernels keep their number of taps whatever the length of the input.
     """
-
-    sequence = True
 
     def __init__(
         self,
@@ -207,7 +206,7 @@ class SMPConvSeq(SMPConvBase):
             **kernel_args: learn_coords, learn_radius of SMPConv1d.
         """
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(num_classes, in_chans)
+        super().__init__(num_classes, in_chans, sequence=True)
         if depth < 1 or dim < 1:
             raise ValueError(f'depth and dim must be positive, got depth={depth}, dim={dim}.')
         stem: OrderedDict[str, nn.Module] = OrderedDict()

@@ -144,7 +144,7 @@ def _run(
     left: Tuple[int, ...],
     depthwise: bool,
 ) -> torch.Tensor:
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # there is no autocast on meta
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     correlate = _BACKENDS[_forced.get() or choose_backend(x, weight, depthwise)]

@@ -1,0 +1,119 @@
+"""What models this package has: sizes, costs and weights of all of them."""
+
+import dataclasses
+import math
+from typing import List, Optional, Tuple
+
+import timm
+import torch
+from torch import nn
+
+from .layers import SMPConv1d, SMPConv2d
+from .weights import WEIGHTS
+
+__all__ = ['ModelInfo', 'count_macs', 'describe_models', 'model_names']
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """One model with one set of weights.
+
+    Attributes:
+        name: Registered name.
+        tag: Tag of the weights: `name.tag` selects them.
+        params: Parameters, in the form that is trained.
+        macs: Multiply-adds of the convolutions at the input size, see `count_macs`.
+        input_size: Channels, height, width.
+        num_classes: Classes of the weights.
+        trained_on: Data that the weights were, or would be, trained on.
+        accuracy: Top-1 accuracy of the bundled weights, measured by us, in percent.
+        paper_accuracy: Top-1 accuracy that the paper reports, in percent.
+        source: Where the weights come from.
+        url: Page of the authors' checkpoint.
+        license: Licence of the weights.
+    """
+
+    name: str
+    tag: str
+    params: int
+    macs: int
+    input_size: Tuple[int, ...]
+    num_classes: int
+    trained_on: str
+    accuracy: Optional[float]
+    paper_accuracy: float
+    source: str
+    url: Optional[str]
+    license: str
+
+
+def model_names() -> List[str]:
+    """Registered models of this package, and of no other one that may share their prefix."""
+    package = __package__ + '.'
+    return [name for name in timm.list_models('smpconv*') if timm.model_entrypoint(name).__module__.startswith(package)]
+
+
+def count_macs(model: nn.Module, input_size: Tuple[int, ...]) -> int:
+    """Multiply-adds of all convolutions for one input, in the convention of the paper.
+
+    Both branches of a two-branch block count, and all taps of a kernel, also those that only meet padding. Rendering
+    the kernels (nothing once deployed) and the linear classifier do not count.
+
+    Args:
+        model: Network on any device; on the meta device nothing is computed.
+        input_size: Shape of one input, without the batch dimension.
+
+    Returns:
+        Number of multiply-adds.
+    """
+    macs = 0
+
+    def count(module: nn.Module, _: Tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal macs
+        if isinstance(module, (SMPConv1d, SMPConv2d)):
+            taps = module.kernel.in_chs * math.prod(module.kernel.kernel_size)
+        else:
+            taps = module.weight[0].numel()
+        macs += output.numel() * taps
+
+    convs = [m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, SMPConv1d, SMPConv2d))]
+    handles = [conv.register_forward_hook(count) for conv in convs]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *input_size, device=next(model.parameters()).device))
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return macs
+
+
+def describe_models() -> List[ModelInfo]:
+    """All models of this package with their weights, in the order of their names."""
+    infos = []
+    for name in model_names():
+        model = timm.create_model(name, device='meta')
+        params = sum(p.numel() for p in model.parameters())
+        for key, weights in WEIGHTS.items():
+            architecture, _, tag = key.partition('.')
+            if architecture != name:
+                continue
+            cfg = timm.get_pretrained_cfg(key)
+            infos.append(
+                ModelInfo(
+                    name=name,
+                    tag=tag,
+                    params=params,
+                    macs=count_macs(model, cfg.input_size),
+                    input_size=tuple(cfg.input_size),
+                    num_classes=cfg.num_classes,
+                    trained_on=weights.trained_on,
+                    accuracy=weights.accuracy,
+                    paper_accuracy=weights.paper_accuracy,
+                    source=weights.source,
+                    url=weights.authors_file and f'https://drive.google.com/file/d/{weights.authors_file}',
+                    license=weights.license,
+                )
+            )
+    return infos

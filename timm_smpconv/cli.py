@@ -1,0 +1,289 @@
+"""The command `timm-smpconv`: predict, list, validate, train."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .catalog import ModelInfo, describe_models
+from .predict import FileResult, check_known, check_takes_images, load_model, predict_files
+from .train import Recipe, evaluate, load_mnist, train
+from .version import __version__
+
+__all__ = ['main']
+
+_PROG = 'timm-smpconv'
+_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
+_DEFAULT_MODEL = 'smpconv_seq_mnist'
+_MNIST_MODELS = ('smpconv_seq_mnist', 'smpconv_seq_pmnist')
+_NUMBERS = ('params', 'GMACs', 'measured', 'paper')  # columns of `list` that are aligned to the right
+
+
+class _CommandError(Exception):
+    """A failure that the user can do something about: one line, no traceback."""
+
+
+@contextlib.contextmanager
+def _user_errors(*types: type) -> Iterator[None]:
+    try:
+        yield
+    except types as e:
+        raise _CommandError(' '.join(str(e).split())) from e
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Arguments; None for those of the process.
+
+    Returns:
+        Exit status: 0 done, 1 some files could not be read, 2 nothing could be done, 130 interrupted.
+    """
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as e:  # --help, --version and errors in the arguments, already printed by argparse
+        return int(e.code or 0)
+    for stream in (sys.stdout, sys.stderr):
+        # file names may hold what the terminal cannot show
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors='backslashreplace')
+    try:
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except _CommandError as e:
+        _complain(str(e))
+        return _USAGE
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _FAILED
+
+
+def _complain(message: str) -> None:
+    with tqdm.external_write_mode(sys.stderr):
+        print(f'{_PROG}: {message}', file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=_PROG, description='SMPConv: large continuous convolution kernels for timm.')
+    parser.add_argument('--version', action='version', version=f'{_PROG} {__version__}')
+    commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
+
+    command = commands.add_parser('predict', help='classify image files', description='Classify image files.')
+    command.set_defaults(run=_predict)
+    command.add_argument('images', nargs='+', metavar='IMAGE', help='image file of any format, size and mode')
+    _add_model(command)
+    command.add_argument('--topk', type=_positive, default=3, metavar='K', help='classes to print (default: 3)')
+    command.add_argument('--invert', action='store_true', help='swap dark and light: for dark digits on light ground')
+    command.add_argument('--json', action='store_true', help='print one JSON array')
+
+    command = commands.add_parser('list', help='list the models', description='List the models of this package.')
+    command.set_defaults(run=_list)
+    command.add_argument('--json', action='store_true', help='print one JSON array')
+
+    command = commands.add_parser(
+        'validate', help='measure accuracy', description='Measure the accuracy on the 10,000 test images of MNIST.'
+    )
+    command.set_defaults(run=_validate)
+    _add_model(command)
+    _add_data_dir(command)
+    command.add_argument('--json', action='store_true', help='print a JSON object')
+
+    command = commands.add_parser(
+        'train',
+        help='train a model on MNIST',
+        description='Train a model on MNIST; called again with the same output, a stopped run continues.',
+    )
+    command.set_defaults(run=_train)
+    _add_data_dir(command)
+    command.add_argument('--output', required=True, metavar='DIR', help='folder for checkpoint, log and weights')
+    command.add_argument('--config', metavar='FILE', help='recipe as JSON; the options below override its fields')
+    command.add_argument('--threads', type=_positive, metavar='N', help='CPU threads')
+    recipe = command.add_argument_group('recipe')
+    for field in dataclasses.fields(Recipe):
+        kind: Dict[str, Any] = dict(action=argparse.BooleanOptionalAction)
+        if field.type is not bool:
+            kind = dict(type=field.type, metavar=field.type.__name__.upper())
+        recipe.add_argument(
+            '--' + field.name.replace('_', '-'),
+            default=argparse.SUPPRESS,
+            help=f'default without a config: {field.default}',
+            **kind,
+        )
+    return parser
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument('--model', default=_DEFAULT_MODEL, metavar='NAME', help=f'default: {_DEFAULT_MODEL}')
+    command.add_argument('--checkpoint-path', metavar='FILE', help="weights to use in place of the model's own")
+
+
+def _add_data_dir(command: argparse.ArgumentParser) -> None:
+    command.add_argument('--data-dir', required=True, metavar='DIR', help='folder that holds MNIST/raw, unpacked')
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f'expected a positive whole number, got {text!r}')
+    return int(text)
+
+
+def _load(args: argparse.Namespace) -> nn.Module:
+    with _user_errors(ValueError):
+        try:
+            return load_model(args.model, args.checkpoint_path)
+        except RuntimeError as e:
+            raise _CommandError(f'{e} On this command line: --checkpoint-path PATH.') from e
+
+
+def _predict(args: argparse.Namespace) -> int:
+    with _user_errors(ValueError):
+        check_known(args.model)
+        check_takes_images(args.model)
+    model = _load(args)
+    results: List[FileResult] = []
+    bar = tqdm(
+        predict_files(model, args.images, args.topk, args.invert),
+        total=len(args.images),
+        unit='file',
+        leave=False,
+        disable=len(args.images) <= 20 or not sys.stderr.isatty(),
+    )
+    for result in bar:
+        results.append(result)
+        if result.error is not None:
+            _complain(f'cannot read {result.file}: {result.error}')
+        elif not args.json:
+            text = ', '.join(f'{p.label} ({100 * p.probability:.2f} %)' for p in result.predictions)
+            with tqdm.external_write_mode(sys.stdout):
+                print(f'{result.file}: {text}')
+    if args.json:
+        print(json.dumps([_result_entry(result) for result in results], indent=2))
+    return _FAILED if any(result.error is not None for result in results) else 0
+
+
+def _result_entry(result: FileResult) -> Dict[str, Any]:
+    if result.error is not None:
+        return dict(file=result.file, error=result.error)
+    return dict(file=result.file, predictions=[dataclasses.asdict(p) for p in result.predictions])
+
+
+def _list(args: argparse.Namespace) -> int:
+    infos = describe_models()
+    if args.json:
+        print(json.dumps([dataclasses.asdict(info) for info in infos], indent=2))
+        return 0
+    head = ['model', 'params', 'GMACs', 'input', 'weights', 'trained on', 'measured', 'paper', 'source of the weights']
+    table = [head] + [_row(info) for info in infos]
+    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+    for row in table:
+        cells = [c.rjust(w) if head[i] in _NUMBERS else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))]
+        print('  '.join(cells).rstrip())
+    print()
+    print(
+        'GMACs: multiply-adds of the convolutions for one input, both branches and padding included, before deployment.'
+    )
+    print('measured, paper: top-1 accuracy in percent, of the bundled weights here and of the authors in their paper.')
+    print('Links to the files that the authors published: timm-smpconv list --json. Load one with --checkpoint-path.')
+    return 0
+
+
+def _row(info: ModelInfo) -> List[str]:
+    return [
+        info.name,
+        f'{info.params:,}',
+        f'{info.macs / 1e9:,.2f}',
+        'x'.join(str(n) for n in info.input_size),
+        info.tag,
+        info.trained_on,
+        '-' if info.accuracy is None else f'{info.accuracy:.2f}',
+        f'{info.paper_accuracy:.2f}',
+        info.source,
+    ]
+
+
+def _validate(args: argparse.Namespace) -> int:
+    with _user_errors(ValueError):
+        check_known(args.model)
+        _check_mnist(args.model, 'validate')
+    with _user_errors(FileNotFoundError):
+        images, labels = load_mnist(args.data_dir, train=False)
+    model = _load(args)
+    hits = int((evaluate(model, images, labels, progress=sys.stderr.isatty()) == labels).sum())
+    total = len(labels)
+    low, high = _wilson(hits, total)
+    accuracy = 100 * hits / total
+    if args.json:
+        entry = dict(model=args.model, hits=hits, total=total, accuracy=accuracy, interval=[100 * low, 100 * high])
+        print(json.dumps(entry, indent=2))
+    else:
+        print(
+            f'{args.model}: {hits} of {total} MNIST test images right, {accuracy:.2f} % '
+            f'(95 % interval {100 * low:.2f} to {100 * high:.2f} %)'
+        )
+    return 0
+
+
+def _check_mnist(model: str, command: str) -> None:
+    if model.partition('.')[0] not in _MNIST_MODELS:
+        raise ValueError(
+            f'timm-smpconv {command} supports the MNIST models alone ({", ".join(_MNIST_MODELS)}) and not yet the data '
+            f"of {model}: for ImageNet and CIFAR folders use timm's own scripts."
+        )
+
+
+def _wilson(hits: int, total: int) -> Tuple[float, float]:
+    """95 % interval of a proportion: unlike the normal one it stays sensible near 100 %."""
+    z = 1.959964
+    p = hits / total
+    middle = p + z * z / (2 * total)
+    half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)
+
+
+def _train(args: argparse.Namespace) -> int:
+    fields = {} if args.config is None else _read_recipe(Path(args.config))
+    fields.update({f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if hasattr(args, f.name)})
+    recipe = Recipe(**fields)
+    with _user_errors(ValueError):
+        check_known(recipe.model)
+        _check_mnist(recipe.model, 'train')
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
+    with _user_errors(ValueError, OSError):
+        path = train(recipe, args.data_dir, args.output)
+    print(path)
+    return 0
+
+
+def _read_recipe(path: Path) -> Dict[str, Any]:
+    with _user_errors(OSError):
+        text = path.read_text()
+    try:
+        fields = json.loads(text)
+    except ValueError as e:
+        raise _CommandError(f'{path} is not JSON: {e}.') from e
+    types = {field.name: field.type for field in dataclasses.fields(Recipe)}
+    if not isinstance(fields, dict):
+        raise _CommandError(f'{path} must hold a JSON object of the fields {", ".join(types)}.')
+    for name, value in fields.items():
+        if name not in types:
+            raise _CommandError(f'{path}: unknown field {name!r}, expected {", ".join(types)}.')
+        if type(value) is not types[name] and not (types[name] is float and type(value) is int):
+            raise _CommandError(f'{path}: {name} must be of type {types[name].__name__}, got {value!r}.')
+    return fields

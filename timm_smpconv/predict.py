@@ -1,0 +1,246 @@
+"""Classification of image files of any kind."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import timm
+import torch
+from PIL import Image, ImageCms, ImageOps
+from timm.data import ImageNetInfo, create_transform, resolve_data_config
+from torch import nn
+
+from .catalog import model_names
+from .weights import WEIGHTS
+
+__all__ = [
+    'FileResult',
+    'Prediction',
+    'check_known',
+    'check_takes_images',
+    'class_names',
+    'load_image',
+    'load_model',
+    'predict_files',
+]
+
+_DIGITS = tuple('0123456789')
+_CIFAR10 = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+# by the tag of the weights; ImageNet's names come from timm
+_CLASS_NAMES = {'smnist': _DIGITS, 'pmnist': _DIGITS, 'c10': _CIFAR10, 'scifar10': _CIFAR10}
+
+# beyond this ratio of the sides only the middle of an image is resized: the centre crop that follows drops the rest
+_MAX_ASPECT = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """One class of a prediction.
+
+    Attributes:
+        label: Name of the class.
+        index: Its index.
+        probability: Its probability.
+    """
+
+    label: str
+    index: int
+    probability: float
+
+
+@dataclasses.dataclass(frozen=True)
+class FileResult:
+    """What became of one file.
+
+    Attributes:
+        file: Path as given.
+        predictions: Most probable classes first; empty if the file could not be read.
+        error: Why the file could not be read.
+    """
+
+    file: str
+    predictions: List[Prediction]
+    error: Optional[str] = None
+
+
+def check_known(name: str) -> None:
+    """Checks that `name` or `name.tag` is a model of this package.
+
+    Raises:
+        ValueError: It is not.
+    """
+    known = model_names()
+    architecture, _, tag = name.partition('.')
+    if architecture not in known:
+        raise ValueError(f'Unknown model {name!r}: expected one of {", ".join(known)}.')
+    tagged = [key for key in WEIGHTS if key.startswith(f'{architecture}.')]
+    if tag and name not in tagged:
+        raise ValueError(f'Unknown weights {name!r}: expected {architecture} or one of {", ".join(tagged)}.')
+
+
+def check_takes_images(name: str) -> None:
+    """Checks that a known model classifies images.
+
+    Raises:
+        ValueError: It classifies other series.
+    """
+    channels, height, steps = _input_size(name)
+    if height == 1:
+        images = [known for known in model_names() if _input_size(known)[1] > 1]
+        raise ValueError(
+            f'{name} does not classify images but series of {steps} steps and {channels} channel(s): use it from '
+            f'Python, or choose one of {", ".join(images)}.'
+        )
+
+
+def _input_size(name: str) -> Tuple[int, ...]:
+    return timm.get_pretrained_cfg(name).input_size
+
+
+def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None) -> nn.Module:
+    """Builds a model with its weights, in deployed form and eval mode.
+
+    Args:
+        name: `name` or `name.tag` of a model of this package.
+        checkpoint_path: Weights to use in place of the model's own: of this package, deployed or not, or the authors'.
+
+    Raises:
+        ValueError: The model is unknown, or the checkpoint cannot be loaded.
+        RuntimeError: The model has no weights.
+    """
+    check_known(name)
+    if checkpoint_path is None:
+        return timm.create_model(name, pretrained=True, inference_mode=True).eval()
+    path = Path(checkpoint_path)
+    if not path.is_file():
+        raise ValueError(f'No checkpoint at {path}: expected a file of weights (.safetensors, .pth, .pt ...).')
+    overlay = dict(file=str(path))
+    try:
+        return timm.create_model(name, pretrained=True, inference_mode=True, pretrained_cfg_overlay=overlay).eval()
+    except Exception as e:  # unpickling and conversion of a file of unknown contents fail in any way
+        raise ValueError(f'Cannot load {path} into {name}: {_one_line(e)} Expected a checkpoint of this model.') from e
+
+
+def class_names(model: nn.Module) -> List[str]:
+    """Names of a model's classes: their indices if nothing better is known."""
+    cfg = model.pretrained_cfg
+    if cfg.get('tag') == 'in1k' and model.num_classes == 1000:
+        return ImageNetInfo().label_descriptions()
+    names = _CLASS_NAMES.get(cfg.get('tag'), ())
+    return list(names) if len(names) == model.num_classes else [str(i) for i in range(model.num_classes)]
+
+
+def load_image(path: Union[str, Path], channels: int = 3, background: int = 255, invert: bool = False) -> Image.Image:
+    """Reads the first frame of an image file, upright.
+
+    Args:
+        path: File of any format that Pillow reads, in any mode.
+        channels: 1 for a grey image, 3 for RGB.
+        background: Grey value behind transparent pixels, 0 to 255.
+        invert: Swap dark and light at the end.
+
+    Returns:
+        Image of mode L or RGB.
+
+    Raises:
+        Exception: The file cannot be read; Pillow's decoders raise exceptions of many types.
+    """
+    with warnings.catch_warnings():
+        # about what was read nonetheless: odd metadata, a size near the limit
+        warnings.simplefilter('ignore')
+        with Image.open(path) as file:
+            file.load()
+            image = _to_8_bits(ImageOps.exif_transpose(file))
+    if image.mode == 'La':  # premultiplied: Pillow converts it to LA alone
+        image = image.convert('LA')
+    if image.mode in ('LA', 'PA', 'RGBA', 'RGBa') or 'transparency' in image.info:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, (background,) * 3 + (255,)), image)
+    image = image.convert('L' if channels == 1 else 'RGB')
+    return ImageOps.invert(image) if invert else image
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scales modes of more than 8 bits, which Pillow would clip, and leaves others as they are."""
+    if image.mode == 'LAB':
+        profiles = ImageCms.createProfile('LAB'), ImageCms.createProfile('sRGB')
+        return ImageCms.profileToProfile(image, *profiles, outputMode='RGB')
+    if image.mode not in ('I', 'F') and not image.mode.startswith('I;16'):
+        return image
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
+    if image.mode.startswith('I;16'):
+        white = 65535.0
+    else:  # these modes do not say what white is: the smallest usual value that no pixel exceeds
+        highest = values.max(initial=0.0)
+        usual = (1.0, 255.0, 65535.0) if image.mode == 'F' else (255.0, 65535.0)
+        white = next((value for value in usual if highest <= value), highest)
+    return Image.fromarray((values.clip(0.0, white) / white * 255).round().astype(np.uint8))
+
+
+def _limit_aspect(image: Image.Image) -> Image.Image:
+    """Cuts the ends off an extremely long image, which would fill the memory once its short side is scaled up."""
+    width, height = image.size
+    longest = _MAX_ASPECT * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(width - longest, 0) // 2, max(height - longest, 0) // 2
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+
+
+@torch.inference_mode()
+def predict_files(
+    model: nn.Module,
+    files: Sequence[Union[str, Path]],
+    topk: int = 3,
+    invert: bool = False,
+    batch_size: int = 16,
+) -> Iterator[FileResult]:
+    """Classifies image files, a few at a time, with the preprocessing of the model's weights.
+
+    Args:
+        model: Image model in eval mode, with its pretrained_cfg.
+        files: Paths.
+        topk: Classes to return for each file; all if the model has fewer.
+        invert: Swap dark and light: for dark digits on light ground.
+        batch_size: Images in memory at a time.
+
+    Yields:
+        One result for each file, in their order; a file that cannot be read has its error in place of predictions.
+    """
+    cfg = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+    transform = create_transform(**cfg, is_training=False)
+    channels = cfg['input_size'][0]
+    # digits are light on black; what is inverted afterwards needs the opposite ground
+    background = 0 if channels == 1 and not invert else 255
+    names = class_names(model)
+
+    for start in range(0, len(files), batch_size):
+        chunk = [str(file) for file in files[start : start + batch_size]]
+        images: List[torch.Tensor] = []
+        errors: Dict[int, str] = {}
+        for i, file in enumerate(chunk):
+            try:
+                images.append(transform(_limit_aspect(load_image(file, channels, background, invert))))
+            except Exception as e:  # a broken file makes Pillow raise almost anything, and must not stop the others
+                errors[i] = _one_line(e)
+        readable: Iterator[Any] = iter(())
+        if images:
+            probabilities, indices = model(torch.stack(images)).softmax(1).topk(min(topk, len(names)))
+            readable = zip(probabilities.tolist(), indices.tolist())
+        for i, file in enumerate(chunk):
+            if i in errors:
+                yield FileResult(file, [], errors[i])
+            else:
+                yield FileResult(file, [Prediction(names[j], j, p) for p, j in zip(*next(readable))])
+
+
+def _one_line(error: Exception) -> str:
+    """The reason that an exception gives, short enough for a line."""
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+    else:
+        text = ' '.join(str(error).split()) or type(error).__name__
+    text = text if len(text) <= 200 else text[:197] + '...'
+    return text if text.endswith('.') else text + '.'
