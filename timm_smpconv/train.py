@@ -258,12 +258,13 @@ def train(recipe: Recipe, data_dir: Union[str, Path], output: Union[str, Path], 
             bar.set_postfix(loss=f'{loss_sum / (i + 1):.4f}', accuracy=f'{hits / (i + 1) / recipe.batch_size:.4f}')
         seconds = time.monotonic() - start
         final = ema.module if ema else model
+        val_hits = evaluate(final, val_images, val_labels, progress=progress) == val_labels
         row = dict(
             epoch=epoch + 1,
             lr=f'{optimizer.param_groups[0]["lr"]:.3e}',
             train_loss=f'{loss_sum / steps:.5f}',
             train_accuracy=f'{hits / steps / recipe.batch_size:.5f}',
-            val_accuracy=f'{(evaluate(final, val_images, val_labels, progress=progress) == val_labels).float().mean():.5f}',
+            val_accuracy=f'{val_hits.float().mean():.5f}',
             seconds=f'{seconds:.0f}',
         )
         _save_atomically(
