@@ -1,16 +1,51 @@
-"""Direct convolution: torch's own, on the memory format in which it is fast."""
+"""Direct convolution: torch's own, in the memory format and with the gradients in which it is fast."""
 
 from typing import Tuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 __all__ = ['correlate']
 
 
 def correlate(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool) -> torch.Tensor:
     """See `fft.correlate` for the arguments."""
-    groups = x.shape[1] if depthwise else 1
     if x.ndim == 3:
-        return F.conv1d(F.pad(x, (left[0], weight.shape[2] - 1 - left[0])), weight, groups=groups)
-    return F.conv2d(x, weight, padding=left, groups=groups)
+        return F.conv1d(F.pad(x, (left[0], weight.shape[2] - 1 - left[0])), weight)
+    if not depthwise or x.device.type != 'cpu':
+        return F.conv2d(x, weight, padding=left, groups=x.shape[1] if depthwise else 1)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _Depthwise.apply(x, weight, left)
+    return _depthwise(x, weight, left)
+
+
+def _depthwise(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...]) -> torch.Tensor:
+    # on a CPU, torch is some twenty times faster on channels_last maps than on contiguous ones
+    x = x.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x, weight, padding=left, groups=x.shape[1])
+
+
+class _Depthwise(torch.autograd.Function):
+    """Depthwise convolution whose gradients are depthwise convolutions too: torch's own are slow for large kernels."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...]):
+        ctx.save_for_backward(x, weight)
+        ctx.left = left
+        return _depthwise(x, weight, left)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        x, weight = ctx.saved_tensors
+        grad_x = grad_w = None
+        if ctx.needs_input_grad[0]:
+            right = [k - 1 - p for k, p in zip(weight.shape[2:], ctx.left)]
+            grad_x = _depthwise(grad, weight.flip(2, 3), right)
+        if ctx.needs_input_grad[1]:
+            # the map of gradients is the kernel; one image at a time beats a convolution with batch * channels groups
+            grad_w = torch.zeros_like(weight)
+            for image, kernel in zip(x.split(1), grad.unbind()):
+                grad_w += _depthwise(image, kernel.unsqueeze(1), ctx.left).permute(1, 0, 2, 3)
+        return grad_x, grad_w, None

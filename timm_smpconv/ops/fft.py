@@ -25,7 +25,10 @@ def correlate(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], dept
         Output, (B, O, *spatial), in the dtype of x.
     """
     compute = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    return _Correlate.apply(x.to(compute), weight.to(compute), left, depthwise).to(x.dtype)
+    args = x.to(compute), weight.to(compute), left, depthwise
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _Correlate.apply(*args).to(x.dtype)
+    return _correlate(*args)[0].to(x.dtype)
 
 
 def fast_len(n: int) -> int:
@@ -41,17 +44,24 @@ def fast_len(n: int) -> int:
         n += 2
 
 
+def _correlate(
+    x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, List[int]]:
+    """Output, spectra of input and kernel, and the cyclic lengths."""
+    shape = x.shape[2:]
+    # lengths for which no wrapped entry meets an output that is kept
+    size = [fast_len(n + max(p, k - 1 - p)) for n, k, p in zip(shape, weight.shape[2:], left)]
+    x_f, w_f = _transform(x, size, depthwise), _transform(weight, size, depthwise)
+    y_f = x_f * w_f[:, 0].conj() if depthwise else torch.bmm(x_f, w_f.mH)
+    return _window(_inverse(y_f, size, depthwise), [-p for p in left], shape), x_f, w_f, size
+
+
 class _Correlate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool):
-        shape, taps = x.shape[2:], weight.shape[2:]
-        # cyclic length for which no wrapped entry meets an output that is kept
-        size = [fast_len(n + max(p, k - 1 - p)) for n, k, p in zip(shape, taps, left)]
-        x_f, w_f = _transform(x, size, depthwise), _transform(weight, size, depthwise)
-        y_f = x_f * w_f[:, 0].conj() if depthwise else torch.bmm(x_f, w_f.mH)
-        y = _window(_inverse(y_f, size, depthwise), [-p for p in left], shape)
+        y, x_f, w_f, size = _correlate(x, weight, left, depthwise)
         ctx.save_for_backward(x_f if ctx.needs_input_grad[1] else None, w_f if ctx.needs_input_grad[0] else None)
-        ctx.config = shape, taps, size, left, depthwise
+        ctx.config = x.shape[2:], weight.shape[2:], size, left, depthwise
         return y
 
     @staticmethod

@@ -45,21 +45,43 @@ def use_backend(name: Optional[str]) -> Iterator[None]:
         _forced.reset(token)
 
 
-def choose_backend(x: torch.Tensor, weight: torch.Tensor, depthwise: bool) -> str:
-    """Name of the backend that takes a convolution of x (B, I, *spatial) with weight (O, I or 1, *taps).
+# Costs in units of one multiply-add of a direct convolution, fitted on CPUs (benchmarks/README.md): one point of one
+# real transform, and a backward pass relative to a forward pass. Both backends use all cores, so that their number
+# drops out; the ratios are what matters.
+_TRANSFORM = 125.0
+_BACKWARD = {'direct': 2.5, 'fft': 1.4}
 
-    The rule compares multiply-adds. A direct convolution spends one per tap, input channel and output. The transforms
-    of the FFT cost about 5 log2(n) operations a point, its channel product four multiply-adds for a complex one; on top
-    comes the traffic of the larger complex arrays, the constant OVERHEAD. Training triples both sides for dense
-    convolutions, but the direct backward pass of a depthwise convolution has no fast implementation in torch.
+
+def choose_backend(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool) -> str:
+    """Name of the backend that takes a convolution: the one with the smaller estimate of multiply-adds.
+
+    A direct convolution spends one per output channel, input channel of a filter, output and tap that falls on the map.
+    In the frequency domain, all inputs, outputs and kernels are transformed (the kernels once for the batch), and each
+    complex product of a frequency costs four. Training adds the backward pass, which transforms better.
+
+    Args:
+        x: Input, (B, I, *spatial).
+        weight: Kernel, (O, I, *taps), or (I, 1, *taps) if depthwise.
+        left: Zeros to the left of the input, one number per spatial dimension.
+        depthwise: One filter per channel.
     """
-    taps = weight[0, 0].numel()
-    in_chs = weight.shape[1]
-    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if depthwise:
-        return 'fft' if training and taps > 49 else 'direct'
-    overhead = 24.0
-    return 'fft' if taps * in_chs > overhead * (4 + 0.1 * in_chs) * x.ndim else 'direct'
+    batch, out_chs, in_chs = x.shape[0], weight.shape[0], weight.shape[1]
+    direct = points = 1
+    for n, k, p in zip(x.shape[2:], weight.shape[2:], left):
+        # taps that fall on the map, summed over all outputs: all of them, less a triangle at each end
+        lost_left, lost_right = min(p, n), min(k - 1 - p, n)
+        direct *= (
+            n * k - lost_left * (2 * p + 1 - lost_left) // 2 - lost_right * (2 * (k - 1 - p) + 1 - lost_right) // 2
+        )
+        points *= fft.fast_len(n + max(p, k - 1 - p))
+    maps = 2 * out_chs if depthwise else x.shape[1] + out_chs
+    products = out_chs * in_chs * (2 if not depthwise else 0)
+    frequency = points * (_TRANSFORM * (maps + out_chs * in_chs / max(batch, 1)) + products)
+    direct *= out_chs * in_chs
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        direct *= 1 + _BACKWARD['direct']
+        frequency *= 1 + _BACKWARD['fft']
+    return 'fft' if frequency < direct else 'direct'
 
 
 def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -147,7 +169,7 @@ def _run(
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # there is no autocast on meta
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    correlate = _BACKENDS[_forced.get() or choose_backend(x, weight, depthwise)]
+    correlate = _BACKENDS[_forced.get() or choose_backend(x, weight, left, depthwise)]
     y = correlate(x, weight, left, depthwise)
     return y if bias is None else y + bias.to(y.dtype).reshape(1, -1, *[1] * (y.ndim - 2))
 
