@@ -140,8 +140,8 @@ class SMPConv2d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, H, W) -> (B, out_chs, H, W)."""
         if self.depthwise:
-            return ops.depthwise_conv2d(x, self.kernel(), self.bias)
-        return ops.conv2d(x, self.kernel(), self.bias)
+            return ops.depthwise_conv2d(x, self.kernel.for_convolution(), self.bias)
+        return ops.conv2d(x, self.kernel.for_convolution(), self.bias)
 
     def to_conv(self, weight: torch.Tensor) -> nn.Module:
         """A plain convolution of the same shape, with the given dense kernel and a bias to be filled in."""
@@ -216,7 +216,7 @@ class SMPConv1d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, L) -> (B, out_chs, L)."""
-        return ops.causal_conv1d(x, self.kernel.support(), self.bias)
+        return ops.causal_conv1d(x, self.kernel.for_convolution(), self.bias)
 
     def to_conv(self, weight: torch.Tensor) -> nn.Module:
         """A plain convolution of the same shape, with the given dense kernel and a bias to be filled in."""

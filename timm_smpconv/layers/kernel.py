@@ -109,6 +109,7 @@ class SMPKernel(nn.Module):
         self.min_radius, self.max_radius = float(radius_range[0]), float(radius_range[1])
         self.radius_lr_scale = radius_lr_scale
         self.learn_radius = learn_radius
+        self._rendered: Optional[Tuple[torch.Tensor, ...]] = None  # last kernel of eval mode and its parameters
 
         groups = 1 if shared_points else out_chs
         self.coords = nn.Parameter(torch.empty(groups, num_points, ndim, **dd), requires_grad=learn_coords)
@@ -163,23 +164,50 @@ class SMPKernel(nn.Module):
         self._check_size(dims)
         return self._render_full_precision(dims)
 
-    def support(self) -> torch.Tensor:
-        """Renders a 1D kernel without its leading taps as far as no point reaches them.
+    def for_convolution(self) -> torch.Tensor:
+        """The kernel at its own size, as a convolution needs it: rendered as rarely and as short as possible.
 
-        A causal convolution with the result equals one with the whole kernel, at less cost: fresh points lie near the
-        present. Where the number of taps may not depend on the values of parameters (torch.compile, export, tracing)
-        or reading them would wait for a GPU, the whole kernel is rendered.
+        In eval mode without gradients the kernel is rendered once and again when a parameter has changed. A causal
+        kernel lacks leading taps as far as no point reaches them: fresh points lie near the present. Both need the
+        values of the parameters: where they are not at hand (torch.compile, export, tracing) or reading them would wait
+        for a GPU, the whole kernel is rendered each time.
 
         Returns:
-            Last taps of the kernel, (out_chs, in_chs, taps).
+            Kernel, (out_chs, in_chs, kh, kw), or (out_chs, in_chs, taps) with the last taps if causal. Not to be
+            changed in place.
         """
         if torch.jit.is_scripting():
             return self.forward()
+        if not self._can_read_values():
+            return self.forward()
+        if self.training or torch.is_grad_enabled():
+            return self._render_support()
+        return self._render_once()
+
+    @torch.jit.unused
+    def _can_read_values(self) -> bool:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or self.weights.device.type != 'cpu':
+            return False
+        return type(self.weights.detach()) is torch.Tensor  # no fake or otherwise wrapped tensor
+
+    @torch.jit.unused
+    def _render_once(self) -> torch.Tensor:
+        parameters = (self.coords, self.scaled_radius, self.weights)
+        if self._rendered is not None:
+            kernel, *copies = self._rendered
+            # by value: version counters miss changes through .data
+            if all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(parameters, copies)):
+                return kernel
+        kernel = self._render_support()
+        self._rendered = (kernel, *(p.detach().clone() for p in parameters))
+        return kernel
+
+    @torch.jit.unused
+    def _render_support(self) -> torch.Tensor:
         if self.training:
             self.project()
         taps = self.kernel_size[0]
-        fixed = torch.compiler.is_compiling() or torch.jit.is_tracing() or self.weights.device.type != 'cpu'
-        if fixed or taps < 2 * _SUPPORT_STEP:
+        if not self.causal or taps < 2 * _SUPPORT_STEP:
             return self._render_full_precision(self.kernel_size)
         first = (self.coords.detach().squeeze(2) - self.radius.detach()).min().item()
         if not math.isfinite(first):
@@ -188,6 +216,9 @@ class SMPKernel(nn.Module):
         needed = min(max((1.0 - first) / 2.0 * (taps - 1), 0.0), taps) + 2.0
         needed = math.ceil(needed / _SUPPORT_STEP) * _SUPPORT_STEP
         return self._render_full_precision(self.kernel_size, skip=max(taps - needed, 0))
+
+    def __getstate__(self):
+        return {**self.__dict__, '_rendered': None}
 
     @torch.jit.unused
     def _render_full_precision(self, size: List[int], skip: int = 0) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Direct convolution: torch's own, in the memory format and with the gradients in which it is fast."""
 
-from typing import Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -9,21 +9,30 @@ from torch.autograd.function import once_differentiable
 __all__ = ['correlate']
 
 
-def correlate(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool) -> torch.Tensor:
+def correlate(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    left: Tuple[int, ...],
+    depthwise: bool,
+) -> torch.Tensor:
     """See `fft.correlate` for the arguments."""
     if x.ndim == 3:
-        return F.conv1d(F.pad(x, (left[0], weight.shape[2] - 1 - left[0])), weight)
+        return F.conv1d(F.pad(x, (left[0], weight.shape[2] - 1 - left[0])), weight, bias)
     if not depthwise or x.device.type != 'cpu':
-        return F.conv2d(x, weight, padding=left, groups=x.shape[1] if depthwise else 1)
+        return F.conv2d(x, weight, bias, padding=left, groups=x.shape[1] if depthwise else 1)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _Depthwise.apply(x, weight, left)
-    return _depthwise(x, weight, left)
+        y = _Depthwise.apply(x, weight, left)
+        return y if bias is None else y + bias.reshape(1, -1, 1, 1)
+    return _depthwise(x, weight, left, bias)
 
 
-def _depthwise(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...]) -> torch.Tensor:
+def _depthwise(
+    x: torch.Tensor, weight: torch.Tensor, left: Sequence[int], bias: Optional[torch.Tensor] = None
+) -> torch.Tensor:
     # on a CPU, torch is some twenty times faster on channels_last maps than on contiguous ones
     x = x.contiguous(memory_format=torch.channels_last)
-    return F.conv2d(x, weight, padding=left, groups=x.shape[1])
+    return F.conv2d(x, weight, bias, padding=left, groups=x.shape[1])
 
 
 class _Depthwise(torch.autograd.Function):

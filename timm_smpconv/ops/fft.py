@@ -4,7 +4,7 @@ Exact up to rounding for any kernel, at a cost that hardly depends on the number
 transformed in float32. First derivatives only: a second backward pass raises.
 """
 
-from typing import List, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -12,12 +12,19 @@ from torch.autograd.function import once_differentiable
 __all__ = ['correlate', 'fast_len']
 
 
-def correlate(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool) -> torch.Tensor:
-    """y[t] = sum_k w[k] x[t + k - left] with x zero outside its support, for every t in it.
+def correlate(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    left: Tuple[int, ...],
+    depthwise: bool,
+) -> torch.Tensor:
+    """y[t] = bias + sum_k w[k] x[t + k - left] with x zero outside its support, for every t in it.
 
     Args:
         x: Input, (B, I, *spatial) in one or two spatial dimensions.
         weight: Kernel, (O, I, *taps), or (I, 1, *taps) if depthwise; no more than 2 * spatial - 1 taps.
+        bias: Bias, (O,), or None.
         left: Zeros to the left of the input, one number per spatial dimension.
         depthwise: One filter per channel.
 
@@ -27,8 +34,12 @@ def correlate(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], dept
     compute = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     args = x.to(compute), weight.to(compute), left, depthwise
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _Correlate.apply(*args).to(x.dtype)
-    return _correlate(*args)[0].to(x.dtype)
+        y = _Correlate.apply(*args)
+    else:
+        y = _correlate(*args)[0]
+    if bias is not None:
+        y = y + bias.to(compute).reshape(1, -1, *[1] * (y.ndim - 2))
+    return y.to(x.dtype)
 
 
 def fast_len(n: int) -> int:

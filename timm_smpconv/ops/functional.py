@@ -5,7 +5,6 @@ reach are cut off first.
 """
 
 import contextlib
-import contextvars
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
@@ -21,7 +20,8 @@ _BACKENDS: Dict[str, Callable[..., torch.Tensor]] = {
     'direct': direct.correlate,
     'fft': fft.correlate,
 }
-_forced: contextvars.ContextVar[Optional[str]] = contextvars.ContextVar('timm_smpconv_backend', default=None)
+# a plain global and no context variable, which torch.compile of the oldest supported torch cannot follow
+_forced: Optional[str] = None
 
 
 def available_backends() -> List[str]:
@@ -33,16 +33,19 @@ def available_backends() -> List[str]:
 def use_backend(name: Optional[str]) -> Iterator[None]:
     """Within the context all convolutions of this package use one backend; None returns the choice to the chooser.
 
+    For tests and measurements: it holds for all threads.
+
     Raises:
         ValueError: The name is not one of `available_backends()`.
     """
     if name is not None and name not in _BACKENDS:
         raise ValueError(f'Unknown backend {name!r}: expected one of {", ".join(_BACKENDS)}, or None.')
-    token = _forced.set(name)
+    global _forced
+    previous, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = previous
 
 
 # Costs in units of one multiply-add of a direct convolution, fitted on CPUs (benchmarks/README.md): one point of one
@@ -98,10 +101,11 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch
     Raises:
         ValueError: Shapes that do not fit or an even kernel size.
     """
-    if torch.jit.is_scripting():
-        return F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2], groups=x.shape[1])
-    _check('depthwise_conv2d', x, weight, bias, ndim=4, depthwise=True)
-    return _conv2d(x, weight, bias, True)
+    if not torch.jit.is_scripting():
+        _check('depthwise_conv2d', x, weight, bias, ndim=4, depthwise=True)
+        if not _is_exporting():
+            return _conv2d(x, weight, bias, True)
+    return F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2], groups=weight.shape[0])
 
 
 def conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -118,10 +122,11 @@ def conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] =
     Raises:
         ValueError: Shapes that do not fit or an even kernel size.
     """
-    if torch.jit.is_scripting():
-        return F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2])
-    _check('conv2d', x, weight, bias, ndim=4, depthwise=False)
-    return _conv2d(x, weight, bias, False)
+    if not torch.jit.is_scripting():
+        _check('conv2d', x, weight, bias, ndim=4, depthwise=False)
+        if not _is_exporting():
+            return _conv2d(x, weight, bias, False)
+    return F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2])
 
 
 def causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -138,17 +143,22 @@ def causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Te
     Raises:
         ValueError: Shapes that do not fit.
     """
-    if torch.jit.is_scripting():
-        return F.conv1d(F.pad(x, [weight.shape[2] - 1, 0]), weight, bias)
-    _check('causal_conv1d', x, weight, bias, ndim=3, depthwise=False)
-    taps = min(weight.shape[2], max(x.shape[2], 1))
-    weight = weight[..., weight.shape[2] - taps :]
-    return _run(x, weight, bias, (taps - 1,), False)
+    if not torch.jit.is_scripting():
+        _check('causal_conv1d', x, weight, bias, ndim=3, depthwise=False)
+        if not _is_exporting():
+            taps = min(weight.shape[2], max(x.shape[2], 1))
+            return _run(x, weight[..., weight.shape[2] - taps :], bias, (taps - 1,), False)
+    return F.conv1d(F.pad(x, [weight.shape[2] - 1, 0]), weight, bias)
 
 
 # the chooser looks at shapes, which symbolic tracing cannot follow
 for _function in (depthwise_conv2d, conv2d, causal_conv1d):
     register_notrace_function(_function)
+
+
+def _is_exporting() -> bool:
+    # exporters want the plain convolution, and so does tracing, to which sizes are tensors
+    return torch.jit.is_tracing() or (hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting())
 
 
 def _conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], depthwise: bool) -> torch.Tensor:
@@ -169,9 +179,8 @@ def _run(
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # there is no autocast on meta
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    correlate = _BACKENDS[_forced.get() or choose_backend(x, weight, left, depthwise)]
-    y = correlate(x, weight, left, depthwise)
-    return y if bias is None else y + bias.to(y.dtype).reshape(1, -1, *[1] * (y.ndim - 2))
+    correlate = _BACKENDS[_forced or choose_backend(x, weight, left, depthwise)]
+    return correlate(x, weight, None if bias is None else bias.to(x.dtype), left, depthwise)
 
 
 def _check(

@@ -1,6 +1,6 @@
 """The definition, in float64: what every other backend is tested against."""
 
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -8,14 +8,20 @@ import torch.nn.functional as F
 __all__ = ['correlate']
 
 
-def correlate(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool) -> torch.Tensor:
+def correlate(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    left: Tuple[int, ...],
+    depthwise: bool,
+) -> torch.Tensor:
     """One shifted copy of the input per tap; see `fft.correlate` for the arguments."""
     taps = weight.shape[2:]
     pad = []
     for k, p in zip(reversed(taps), reversed(left)):
         pad += [p, k - 1 - p]
     padded, kernel = F.pad(x.double(), pad), weight.double()
-    y = 0.0
+    y = 0.0 if bias is None else bias.double().reshape(1, -1, *[1] * len(taps))
     for offset in torch.cartesian_prod(*[torch.arange(k) for k in taps]).reshape(-1, len(taps)).tolist():
         shifted, tap = padded, kernel
         for dim, (o, n) in enumerate(zip(offset, x.shape[2:])):

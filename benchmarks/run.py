@@ -1,0 +1,286 @@
+"""Measures this package against the plain path and against peers, all in one process.
+
+The plain path is what the reference implementation does: kernels rendered in every forward pass, 2D convolution of
+contiguous NCHW tensors with torch.nn.functional.conv2d, 1D convolution by complex FFT products (direct for sequences of
+182 steps and less).
+
+    python benchmarks/run.py                       # all cases, all cores
+    python benchmarks/run.py --cases op train-seq  # cases whose names start so
+    python benchmarks/run.py --csv results.csv --threads 2 --repeats 5
+"""
+
+import argparse
+import csv
+import dataclasses
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import types
+from typing import Callable, Dict, List, Optional
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.ops import DeformConv2d
+from tqdm import tqdm
+
+import timm_smpconv
+from timm_smpconv import ops
+from timm_smpconv.layers import CausalConv1d, LargeConv2d, SMPConv1d, SMPConv2d
+
+Run = Callable[[], object]
+
+
+def plain_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], groups: int) -> torch.Tensor:
+    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+    return F.conv2d(x.contiguous(), weight, bias, padding=padding, groups=groups)
+
+
+def plain_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    length, taps = x.shape[2], weight.shape[2]
+    if length <= 182 or taps <= 5:
+        return F.conv1d(F.pad(x, (taps - 1, 0)), weight, bias)
+    x = F.pad(x, (taps - 1, 0))
+    product = torch.einsum('bi...,oi...->bo...', torch.fft.rfft(x), torch.fft.rfft(weight, x.shape[2]).conj())
+    y = torch.fft.irfft(product, x.shape[2])[..., :length]
+    return y if bias is None else y + bias.reshape(1, -1, 1)
+
+
+def make_plain(model: nn.Module) -> nn.Module:
+    """Replaces the forward passes of all convolutions of this package, in place."""
+    forwards: Dict[type, Callable[..., torch.Tensor]] = {
+        SMPConv2d: lambda m, x: plain_conv2d(x, m.kernel(), m.bias, x.shape[1] if m.depthwise else 1),
+        SMPConv1d: lambda m, x: plain_conv1d(x, m.kernel(), m.bias),
+        LargeConv2d: lambda m, x: plain_conv2d(x, m.weight, m.bias, m.groups),
+        CausalConv1d: lambda m, x: plain_conv1d(x, m.weight, m.bias),
+    }
+    for module in model.modules():
+        if type(module) in forwards:
+            module.forward = types.MethodType(forwards[type(module)], module)
+    return model
+
+
+def inference(model: nn.Module, x: torch.Tensor) -> Run:
+    model.eval()
+
+    def run() -> None:
+        with torch.inference_mode():
+            model(x)
+
+    return run
+
+
+def training_step(model: nn.Module, x: torch.Tensor) -> Run:
+    model.train()
+    target = torch.zeros(x.shape[0], dtype=torch.long)
+
+    def run() -> None:
+        model.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+
+    return run
+
+
+def deployed(name: str) -> nn.Module:
+    return timm.create_model(name).eval().reparameterize()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A case: its paths by name, 'plain' first; each is built just before it is measured."""
+
+    name: str
+    paths: Dict[str, Callable[[], Run]]
+    goal: str = ''
+
+
+def op_case(channels: int, size: int, kernel: int, train: bool, goal: str = '', batch: int = 8) -> Case:
+    def make(backend: Optional[str]) -> Callable[[], Run]:
+        def build() -> Run:
+            x = torch.randn(batch, channels, size, size, requires_grad=train)
+            weight = torch.randn(channels, 1, kernel, kernel, requires_grad=train)
+            grad = torch.randn(batch, channels, size, size)
+
+            def run() -> None:
+                with torch.set_grad_enabled(train):
+                    if backend == 'plain':
+                        y = plain_conv2d(x, weight, None, channels)
+                    else:
+                        with ops.use_backend(backend):
+                            y = ops.depthwise_conv2d(x, weight)
+                if train:
+                    x.grad = weight.grad = None
+                    y.backward(grad)
+
+            return run
+
+        return build
+
+    name = f'op-{"train" if train else "infer"}-{channels}x{size}x{size}-k{kernel}-b{batch}'
+    return Case(
+        name, {'plain': make('plain'), 'chosen': make(None), 'direct': make('direct'), 'fft': make('fft')}, goal
+    )
+
+
+def model_case(kind: str, name: str, batch: int, goal: str = '', peer: Optional[str] = None, **kwargs) -> Case:
+    torch.manual_seed(0)
+
+    def images(model_name: str) -> torch.Tensor:
+        return torch.randn(batch, *timm.get_pretrained_cfg(model_name).input_size)
+
+    def build(plain: bool, model_name: str, fmt: Optional[torch.memory_format] = None, dtype=None) -> Run:
+        deploy = kind == 'deployed' and not plain and model_name == name
+        model = deployed(model_name) if deploy else timm.create_model(model_name, **kwargs)
+        x = images(model_name)
+        if dtype is not None:
+            model, x = model.to(dtype), x.to(dtype)
+        if fmt is not None:
+            model, x = model.to(memory_format=fmt), x.to(memory_format=fmt)
+        if plain:
+            make_plain(model)
+        return (training_step if kind == 'train' else inference)(model, x)
+
+    paths: Dict[str, Callable[[], Run]] = {
+        'plain': lambda: build(True, name),
+        'chosen': lambda: build(False, name),
+    }
+    if peer:
+        paths['chosen channels_last'] = lambda: build(False, name, torch.channels_last)
+        if kind == 'deployed':
+            paths['chosen bfloat16'] = lambda: build(False, name, dtype=torch.bfloat16)
+            paths['chosen bfloat16 channels_last'] = lambda: build(False, name, torch.channels_last, torch.bfloat16)
+        paths[peer] = lambda: build(False, peer)
+        paths[f'{peer} channels_last'] = lambda: build(False, peer, torch.channels_last)
+    return Case(f'{kind}-{name}-b{batch}', paths, goal)
+
+
+def deformable_case() -> Case:
+    """Table 1 of the paper: one dense layer on CIFAR-10 maps, deformable convolutions against an SMPConv of 33 x 33."""
+    x = torch.randn(16, 24, 32, 32, requires_grad=True)
+
+    def smp(plain: bool) -> Run:
+        layer = SMPConv2d(24, 24, 33, bias=False)
+        if plain:
+            make_plain(layer)
+        return lambda: layer(x).sum().backward()
+
+    def deformable(kernel: int) -> Run:
+        offset = nn.Conv2d(24, 2 * kernel * kernel, 3, padding=1)
+        layer = DeformConv2d(24, 24, kernel, padding=kernel // 2, bias=False)
+        return lambda: layer(x, offset(x)).sum().backward()
+
+    paths = {'plain': lambda: smp(True), 'chosen': lambda: smp(False)}
+    for k in (3, 5, 7):
+        paths[f'deformable k{k}'] = lambda k=k: deformable(k)
+    return Case('op-train-24x32x32-k33-dense-b16', paths)
+
+
+def all_cases() -> List[Case]:
+    return [
+        op_case(96, 56, 31, False),
+        op_case(192, 28, 29, False),
+        op_case(384, 14, 27, False),
+        op_case(768, 7, 13, False),
+        op_case(64, 56, 51, False),
+        op_case(96, 56, 31, True, '20 x'),
+        op_case(192, 28, 29, True),
+        op_case(384, 14, 27, True),
+        op_case(768, 7, 13, True),
+        deformable_case(),
+        model_case('deployed', 'smpconv_tiny', 8, '5 x, bfloat16 9 x, convnext_tiny 1 x', 'convnext_tiny'),
+        model_case('deployed', 'smpconv_tiny', 1, '4 x', 'convnext_tiny'),
+        model_case('eval', 'smpconv_tiny', 8, '4.5 x', 'convnext_tiny'),
+        model_case('train', 'smpconv_tiny', 8, '4 x, convnext_tiny 1 / 1.4 x', 'convnext_tiny'),
+        model_case('train', 'smpconv_seq_mnist', 64, '4 x'),
+        model_case('train', 'smpconv_seq_cifar', 64, '10 x'),
+        model_case('train', 'smpconv_seq_chartraj', 64),
+        model_case('train', 'smpconv_seq_speech', 32),
+        model_case('train', 'smpconv_seq_speech_raw', 8, '8 x'),
+        model_case('train', 'smpconv_cifar', 32, '60 x'),
+    ]
+
+
+def measure(run: Run, repeats: int, seconds: float) -> float:
+    """Median seconds of several runs after one that warms up; at least two runs, however long they take."""
+    start = time.perf_counter()
+    run()
+    times: List[float] = []
+    while len(times) < 2 or (len(times) < repeats and time.perf_counter() - start < seconds):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def peak_memory(case: str, path: str, threads: int) -> float:
+    """MiB that a path adds to a fresh process, from its own measurement of two runs."""
+    command = [sys.executable, __file__, '--threads', str(threads), '--memory-of', case, path]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(result.stdout)
+
+
+def print_peak_memory(case: Case, path: str) -> None:
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run = case.paths[path]()
+    run()
+    run()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--cases', nargs='*', default=[''], help='run the cases whose names start so')
+    parser.add_argument('--repeats', type=int, default=7, help='measured runs of each path')
+    parser.add_argument('--seconds', type=float, default=20.0, help='no further run of a path after this time')
+    parser.add_argument('--threads', type=int, default=os.cpu_count(), help='threads of torch')
+    parser.add_argument('--memory', action='store_true', help='measure peak memory too, each path in its own process')
+    parser.add_argument('--csv', help='write the results here')
+    parser.add_argument('--memory-of', nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    cases = [c for c in all_cases() if any(c.name.startswith(prefix) for prefix in args.cases)]
+    if args.memory_of:
+        print_peak_memory(next(c for c in cases if c.name == args.memory_of[0]), args.memory_of[1])
+        return
+
+    print(
+        f'{time.strftime("%Y-%m-%d")}, {platform.machine()}, {args.threads} threads, Python {platform.python_version()}, '
+        f'torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, '
+        f'timm_smpconv {timm_smpconv.__version__}, {torch.backends.cpu.get_cpu_capability()}\n'
+    )
+    print('| case | path | ms | plain / path | peak MiB | goal |\n|---|---|---|---|---|---|')
+    rows = []
+    bar = tqdm(total=sum(len(c.paths) for c in cases), unit='path')
+    for case in cases:
+        plain = None
+        for path, build in case.paths.items():
+            bar.set_description(f'{case.name} {path}')
+            torch.manual_seed(0)
+            seconds = measure(build(), args.repeats, args.seconds)
+            plain = plain or seconds
+            row = dict(case=case.name, path=path, ms=f'{seconds * 1e3:.1f}', ratio=f'{plain / seconds:.2f}', mib='')
+            if args.memory:
+                row['mib'] = f'{peak_memory(case.name, path, args.threads):.0f}'
+            row['goal'] = case.goal if path == 'chosen' else ''
+            rows.append(row)
+            tqdm.write('| ' + ' | '.join(row.values()) + ' |', file=sys.stdout)
+            sys.stdout.flush()
+            bar.update()
+    bar.close()
+    if args.csv:
+        part = f'{args.csv}.part'
+        with open(part, 'w', newline='') as f:
+            writer = csv.DictWriter(f, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(part, args.csv)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,71 @@
+import copy
+
+import pytest
+import timm
+import torch
+from hypothesis import settings
+from synth import randomize_norms
+
+import timm_smpconv  # noqa: F401  (registers the models)
+
+settings.register_profile('smpconv', deadline=None, max_examples=40, derandomize=True)
+settings.load_profile('smpconv')
+
+ALL_MODELS = timm.list_models('smpconv*')
+
+# what takes seconds to build or render is smaller in contract tests; the parity tests use the full sizes
+SMALLER = {
+    'smpconv_base': dict(depths=(1, 1, 2, 1), dims=(64, 128, 256, 512)),
+    'smpconv_tiny': dict(depths=(1, 1, 3, 1)),
+    'smpconv_seq_speech_raw': dict(kernel_size=200, radius=0.02),
+}
+
+
+def pytest_generate_tests(metafunc):
+    """A test with an argument `name` runs for every registered model."""
+    marked = {
+        arg for m in metafunc.definition.iter_markers('parametrize') for arg in m.args[0].replace(' ', '').split(',')
+    }
+    if 'name' in metafunc.fixturenames and 'name' not in marked:
+        metafunc.parametrize('name', ALL_MODELS)
+
+
+def build(name, **kwargs):
+    """A registered model, smaller where its full size costs seconds."""
+    return timm.create_model(name, **{**SMALLER.get(name, {}), **kwargs})
+
+
+def input_size(name):
+    """Input size of one sample that contract tests use."""
+    size = timm.get_pretrained_cfg(name).input_size
+    if name in SMALLER and size[1] == 1:
+        return (size[0], 1, 260)
+    return (size[0], 64, 64) if size[1] == 224 else size
+
+
+def make_input(name, batch=2, seed=0, **kwargs):
+    return torch.randn(batch, *input_size(name), generator=torch.Generator().manual_seed(seed), **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def _cached_models():
+    return {}
+
+
+@pytest.fixture
+def model(name, _cached_models):
+    """A model in eval mode with norm statistics that are not the initial ones; the test may change it."""
+    if name not in _cached_models:
+        torch.manual_seed(0)
+        _cached_models[name] = randomize_norms(build(name)).eval()
+    return copy.deepcopy(_cached_models[name])
+
+
+@pytest.fixture
+def x(name):
+    return make_input(name)

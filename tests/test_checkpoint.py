@@ -1,0 +1,312 @@
+"""What checkpoint files may look like, and what is refused."""
+
+import argparse
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import build
+from safetensors.torch import save_file
+from synth import FIXTURE_NAMES, randomize_norms, reference_state, relative_error, spec, synth_input
+from timm.models import load_checkpoint
+
+from timm_smpconv.layers import SMPKernel
+
+LIGHT = ['smpconv_mobile31', 'smpconv_cifar', 'smpconv_seq_chartraj', 'smpconv_seq_speech']
+
+
+def from_file(name, path, **kwargs):
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **kwargs).eval()
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory):
+    """Plain reference checkpoints and the logits of the models that load them."""
+    folder, out = tmp_path_factory.mktemp('plain'), {}
+    for name in LIGHT:
+        path = folder / f'{name}.pth'
+        torch.save({'model': reference_state(name), 'optimizer': {}, 'epoch': 1}, path)
+        with torch.no_grad():
+            out[name] = path, from_file(name, path)(synth_input(name))
+    return out
+
+
+def zeros(state):
+    return {key: torch.zeros_like(value) for key, value in state.items()}
+
+
+WRAPPINGS = {
+    'model_ema': lambda s: dict(model=zeros(s), model_ema=s, optimizer={}, epoch=1, args=argparse.Namespace(lr=1.0)),
+    'ema first': lambda s: dict(model_ema=s, model=zeros(s), epoch=1),
+    'state_dict_ema': lambda s: dict(state_dict=zeros(s), state_dict_ema=s, epoch=3),
+    'no ema': lambda s: dict(model=s, model_ema=None, optimizer={}, args=argparse.Namespace(lr=1.0)),
+    'no state_dict_ema': lambda s: dict(state_dict=s, state_dict_ema=None),
+    'model': lambda s: dict(model=s, optimizer={}, lr_scheduler={}, epoch=2),
+    'state_dict': lambda s: dict(state_dict=s, arch='x'),
+    'bare': lambda s: s,
+    'module.': lambda s: dict(model={f'module.{k}': v for k, v in s.items()}),
+    'module.module.': lambda s: dict(model={f'module.module.{k}': v for k, v in s.items()}),
+    '_orig_mod.': lambda s: dict(model={f'_orig_mod.{k}': v for k, v in s.items()}),
+    'ema module.': lambda s: dict(model_ema={f'module.{k}': v for k, v in s.items()}, model=zeros(s)),
+}
+
+
+@pytest.mark.parametrize('name', ['smpconv_mobile31', 'smpconv_seq_chartraj'])
+@pytest.mark.parametrize('wrapping', WRAPPINGS)
+@torch.no_grad()
+def test_wrappings(name, wrapping, reference, tmp_path):
+    path = tmp_path / 'reference.pth'
+    torch.save(WRAPPINGS[wrapping](reference_state(name)), path)
+    assert torch.equal(from_file(name, path)(synth_input(name)), reference[name][1])
+
+
+@pytest.mark.parametrize('name', LIGHT)
+@torch.no_grad()
+def test_reference_with_other_classes(name, reference):
+    path, _ = reference[name]
+    wanted = from_file(name, path)
+    x = synth_input(name)
+    model = from_file(name, path, num_classes=7)
+    assert tuple(model(x).shape) == (len(x), 7)
+    assert torch.equal(model.forward_features(x), wanted.forward_features(x))
+    model = from_file(name, path, num_classes=0)
+    assert torch.equal(model(x), wanted.forward_head(wanted.forward_features(x), pre_logits=True))
+
+
+@pytest.mark.parametrize('inference_mode', [False, True])
+@pytest.mark.parametrize('name', LIGHT)
+@torch.no_grad()
+def test_reference_with_one_channel(name, inference_mode, reference):
+    """Weights summed over the input channels: the same as showing the grey image to every channel."""
+    path, _ = reference[name]
+    chans = spec(name)['input'][1]
+    x = synth_input(name)[:, :1]
+    model = from_file(name, path, in_chans=1, inference_mode=inference_mode)
+    wanted = from_file(name, path)(x.expand(-1, chans, *x.shape[2:]))
+    assert relative_error(model(x), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize('in_chans', [2, 4, 6])
+@pytest.mark.parametrize('name', LIGHT)
+@torch.no_grad()
+def test_reference_with_other_channels(name, in_chans, reference):
+    """Weights repeated over the channels and scaled, timm's rule: channel i gets weight i mod n, times n / in_chans."""
+    path, _ = reference[name]
+    chans = spec(name)['input'][1]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, in_chans, *synth_input(name).shape[2:], generator=generator)
+    model = from_file(name, path, in_chans=in_chans)
+    folded = torch.zeros(2, chans, *x.shape[2:])
+    for i in range(in_chans):
+        folded[:, i % chans] += x[:, i] * chans / in_chans
+    assert relative_error(model(x), from_file(name, path)(folded)) <= 1e-5
+
+
+@torch.no_grad()
+def test_one_channel_to_three(tmp_path):
+    """A network of one input channel that is given three."""
+    name = 'smpconv_seq_mnist'
+    path = tmp_path / 'mnist.pth'
+    torch.save(dict(model=reference_state(name)), path)
+    x = synth_input(name)
+    got = from_file(name, path, in_chans=3)(x.repeat(1, 3, 1))
+    assert relative_error(got, from_file(name, path)(x)) <= 1e-5
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@torch.no_grad()
+def test_own_layout(name, suffix, model, x, tmp_path):
+    path = tmp_path / f'own{suffix}'
+    if suffix == '.pth':
+        torch.save({'state_dict': zeros(model.state_dict()), 'state_dict_ema': model.state_dict(), 'epoch': 1}, path)
+    else:
+        save_file(model.state_dict(), path)
+    loaded = build(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path))).eval()
+    assert torch.equal(loaded(x), model(x))
+    loaded = build(name, checkpoint_path=str(path)).eval()
+    assert torch.equal(loaded(x), model(x))
+    loaded = build(name).eval()
+    load_checkpoint(loaded, str(path))
+    assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize('in_chans', [1, 4])
+@torch.no_grad()
+def test_own_layout_other_channels_and_classes(name, in_chans, model, x, tmp_path):
+    path = tmp_path / 'own.safetensors'
+    save_file(model.state_dict(), path)
+    loaded = build(
+        name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), in_chans=in_chans, num_classes=5
+    ).eval()
+    x = x[:, :1].expand(-1, in_chans, *x.shape[2:])
+    assert tuple(loaded(x).shape) == (2, 5)
+    # the same grey image in all channels: the sum of the first layer's weights is what it was
+    chans = model.in_chans
+    if in_chans == 1 or in_chans % chans == 0:
+        grey = x[:, :1].expand(-1, chans, *x.shape[2:])
+        assert relative_error(loaded.forward_features(x), model.forward_features(grey)) <= 1e-5
+
+
+def test_radii_arrive_exactly_enough(reference):
+    path, _ = reference['smpconv_cifar']
+    model = from_file('smpconv_cifar', path)
+    stored = torch.load(path, weights_only=True)['model']['cconv1.Kernel.radius'].flatten(1)
+    assert torch.allclose(model.stem.conv.large.kernel.radius, stored.clamp(1e-4, 1.0), rtol=2e-7, atol=0)
+
+
+def test_checkpoint_is_not_modified(reference):
+    """The filter works on what it was given, not in it."""
+    from timm_smpconv.models.smpconv_cifar import checkpoint_filter_fn
+
+    model = timm.create_model('smpconv_cifar')
+    checkpoint = {'model': reference_state('smpconv_cifar', prefix='module.')}
+    keys = list(checkpoint['model'])
+    shapes = [tuple(v.shape) for v in checkpoint['model'].values()]
+    model.load_state_dict(checkpoint_filter_fn(checkpoint, model), strict=True)
+    assert list(checkpoint['model']) == keys and [tuple(v.shape) for v in checkpoint['model'].values()] == shapes
+
+
+@pytest.mark.parametrize('name', ['smpconv_mobile31', 'smpconv_cifar', 'smpconv_seq_chartraj'])
+@pytest.mark.parametrize('change', ['unexpected', 'missing', 'shape'])
+def test_reference_that_does_not_fit(name, change, tmp_path):
+    state = reference_state(name)
+    key = next(k for k in state if k.endswith('radius'))
+    if change == 'unexpected':
+        state['some.other.weight'] = torch.zeros(3)
+    elif change == 'missing':
+        del state[key]
+    else:
+        state[key] = state[key][:, :-1]
+    torch.save(dict(model=state), tmp_path / 'bad.pth')
+    with pytest.raises(RuntimeError) as e:
+        from_file(name, tmp_path / 'bad.pth')
+    assert ('some.other.weight' if change == 'unexpected' else 'scaled_radius') in str(e.value)
+
+
+@pytest.mark.parametrize('name', ['smpconv_seq_chartraj'])
+def test_own_layout_that_does_not_fit(name, tmp_path):
+    state = dict(build(name).state_dict(), other=torch.zeros(1))
+    save_file(state, tmp_path / 'bad.safetensors')
+    with pytest.raises(RuntimeError, match='other'):
+        from_file(name, tmp_path / 'bad.safetensors')
+
+
+def test_weights_of_another_model(tmp_path, reference):
+    with pytest.raises(RuntimeError):
+        from_file('smpconv_seq_chartraj', reference['smpconv_seq_speech'][0], in_chans=20, num_classes=10, dim=20)
+
+
+class _Attack:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize('how', ['pretrained', 'checkpoint_path', 'load_checkpoint'])
+@pytest.mark.parametrize('kind', ['torch.save', 'legacy', 'bare pickle', 'nested'])
+def test_pickles_with_code_are_refused(how, kind, tmp_path):
+    """The code of a malicious file does not run; the same file read carelessly proves that it would."""
+    target, path = tmp_path / 'executed', tmp_path / 'evil.pth'
+    name = 'smpconv_seq_chartraj'
+    payload = dict(model=reference_state(name), args=_Attack(target))
+    if kind == 'torch.save':
+        torch.save(payload, path)
+    elif kind == 'legacy':
+        torch.save(payload, path, _use_new_zipfile_serialization=False)
+    elif kind == 'nested':
+        torch.save(dict(model=dict(payload['model'], extra=_Attack(target))), path)
+    else:
+        path.write_bytes(pickle.dumps(_Attack(target)))
+    with pytest.raises(Exception) as e:
+        if how == 'pretrained':
+            from_file(name, path)
+        elif how == 'checkpoint_path':
+            timm.create_model(name, checkpoint_path=str(path))
+        else:
+            load_checkpoint(timm.create_model(name), str(path))
+    assert not isinstance(e.value, (KeyError, AttributeError))
+    assert not target.exists(), 'the code in the file was run'
+    if kind == 'torch.save' and how == 'pretrained':
+        assert zipfile.is_zipfile(path)
+        torch.load(path, weights_only=False)
+        assert target.exists()
+
+
+@pytest.mark.parametrize('name', LIGHT)
+@torch.no_grad()
+def test_inference_mode_from_the_reference(name, reference):
+    path, wanted = reference[name]
+    model = from_file(name, path, inference_mode=True)
+    assert not any(isinstance(m, SMPKernel) for m in model.modules())
+    assert relative_error(model(synth_input(name)), wanted) <= 1e-4  # float32 itself is 1e-5 off with these weights
+    trained = from_file(name, path).reparameterize()
+    assert relative_error(model(synth_input(name)), trained(synth_input(name))) <= 1e-6
+    model = from_file(name, path, inference_mode=True, num_classes=3)
+    assert tuple(model(synth_input(name)).shape) == (len(wanted), 3)
+
+
+@pytest.mark.parametrize('name', LIGHT)
+@torch.no_grad()
+def test_features_only_from_the_reference(name, reference):
+    path, _ = reference[name]
+    features = from_file(name, path, features_only=True)
+    wanted = from_file(name, path).forward_intermediates(synth_input(name), intermediates_only=True)
+    got = features(synth_input(name))
+    assert len(got) == len(wanted) and all(torch.equal(a, b) for a, b in zip(got, wanted))
+
+
+class TestPermutation:
+    name = 'smpconv_seq_pmnist'
+
+    def test_is_the_reference_s(self):
+        model = timm.create_model(self.name)
+        wanted = np.random.RandomState(0).permutation(784)
+        buffers = dict(model.named_buffers())
+        key = next(k for k in buffers if k.endswith('permutation'))
+        assert np.array_equal(buffers[key].numpy(), wanted) and key in model.state_dict()
+
+    def test_global_numpy_state_is_left_alone(self):
+        np.random.seed(123)
+        wanted = np.random.rand(3)
+        np.random.seed(123)
+        timm.create_model(self.name)
+        assert np.array_equal(np.random.rand(3), wanted)
+
+    def test_input_is_permuted(self):
+        model = timm.create_model(self.name)
+        x = torch.arange(784.0).reshape(1, 1, 784)
+        wanted = torch.from_numpy(np.random.RandomState(0).permutation(784)).float()
+        assert torch.equal(model.stem.eval()(x)[0, 0], wanted)
+        assert torch.equal(model.stem(x.reshape(1, 1, 28, 28)).flatten(), wanted)
+
+    @torch.no_grad()
+    def test_a_stored_permutation_wins(self, tmp_path):
+        """The real weights may have been trained on another one."""
+        model = randomize_norms(timm.create_model(self.name)).eval()
+        model.stem.permute.permutation.copy_(torch.arange(783, -1, -1))
+        save_file(model.state_dict(), tmp_path / 'own.safetensors')
+        loaded = from_file(self.name, tmp_path / 'own.safetensors')
+        x = torch.randn(1, 1, 28, 28)
+        assert torch.equal(loaded(x), model(x))
+        loaded = from_file(self.name, tmp_path / 'own.safetensors', inference_mode=True)
+        assert relative_error(loaded(x), model(x)) <= 1e-5
+
+
+def test_no_weights_is_an_error():
+    with pytest.raises(RuntimeError) as e:
+        timm.create_model('smpconv_mobile31', pretrained=True)
+    assert 'smpconv_mobile31' in str(e.value) and 'pretrained=False' in str(e.value)
+
+
+def test_fixtures_match_the_models():
+    """Every key of a reference checkpoint has its place: nothing is left over on either side."""
+    for name in FIXTURE_NAMES:
+        model = timm.create_model(name, device='meta')
+        state = spec(name)['state']
+        assert len(state) == len(model.state_dict())

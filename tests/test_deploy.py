@@ -1,0 +1,279 @@
+"""Deployment of every registered model: same outputs, plain modules, nothing that a user does with a model breaks."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from conftest import SMALLER, build, make_input
+from safetensors.torch import save_file
+from synth import randomize_norms, relative_error
+from timm.utils import reparameterize_model
+from torch import nn
+
+from timm_smpconv.layers import RepSMPConv1d, RepSMPConv2d, SMPConv2d, SMPKernel
+
+PLAIN = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Linear,
+    nn.Identity,
+    nn.ReLU,
+    nn.GELU,
+    nn.Dropout,
+    nn.Flatten,
+    nn.AdaptiveAvgPool2d,
+)
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+def assert_plain(model):
+    """No moving points, no norms; every weight belongs to a plain convolution or linear layer."""
+    for name, module in model.named_modules():
+        assert not isinstance(module, (SMPKernel, RepSMPConv1d, RepSMPConv2d, *NORMS)), f'{name}: {module}'
+        if list(module.parameters(recurse=False)):
+            assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)), f'{name}: {module}'
+        if not list(module.children()):
+            ours = type(module).__module__.startswith('timm_smpconv')
+            timms = type(module).__module__.startswith('timm.layers')  # global pooling
+            assert isinstance(module, PLAIN) or ours or timms, f'{name}: {module}'
+            assert list(module.parameters()) == [] or isinstance(module, PLAIN), f'{name}: {module}'
+    buffers = {name.rsplit('.', 1)[-1] for name, _ in model.named_buffers()}
+    assert buffers <= {'permutation'}
+
+
+def spread_points(model, seed=0):
+    """Moves the points of all kernels about, so that the whole support carries weight."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, SMPKernel):
+                dtype = module.coords.dtype
+                module.coords.copy_(0.5 * torch.randn(module.coords.shape, generator=generator))
+                radius = 0.05 + 0.15 * torch.rand(module.scaled_radius.shape, generator=generator)
+                module.scaled_radius.copy_((radius / module.radius_lr_scale).to(dtype))
+    return model
+
+
+@pytest.mark.parametrize('how', ['method', 'timm'])
+@torch.no_grad()
+def test_same_outputs(name, how, model, x):
+    wanted = model(x)
+    deployed = model.reparameterize() if how == 'method' else reparameterize_model(model)
+    if how == 'method':
+        assert deployed is model
+    else:
+        assert any(isinstance(m, SMPKernel) for m in model.modules())  # a copy was changed
+        assert torch.equal(model(x), wanted)
+    assert_plain(deployed)
+    assert not deployed.training
+    assert relative_error(deployed(x), wanted) <= 1e-5
+
+
+@torch.no_grad()
+def test_same_outputs_with_points_spread(name, model, x):
+    """Kernels that fill their support: float64, where only a mistake shows."""
+    model, x = spread_points(model).double(), x.double()
+    wanted, features = model(x), model.forward_features(x)
+    deployed = model.reparameterize()
+    assert {p.dtype for p in deployed.parameters()} == {torch.float64}
+    assert relative_error(deployed(x), wanted) <= 1e-9
+    assert relative_error(deployed.forward_features(x), features) <= 1e-9
+
+
+@torch.no_grad()
+def test_other_sizes(name, model):
+    """The deployed kernel is the rendered one at any resolution or length."""
+    size = list(timm.get_pretrained_cfg(name).input_size)
+    if 'pmnist' in name:
+        pytest.skip('fixed length')
+    size[1:] = [1, 300] if size[1] == 1 else ([20, 24] if size[1] < 64 else [96, 64])
+    x = torch.randn(1, *size)
+    wanted = model(x)
+    assert relative_error(model.reparameterize()(x), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize('how', ['method', 'timm'])
+def test_refused_in_train_mode(name, how, model, x):
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modules = [type(m) for m in model.modules()]
+    with pytest.raises(RuntimeError, match='train mode.*eval'):
+        model.reparameterize() if how == 'method' else reparameterize_model(model)
+    assert model.training and [type(m) for m in model.modules()] == modules
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+
+
+@torch.no_grad()
+def test_twice_is_harmless(name, model, x):
+    model.reparameterize()
+    wanted, state = model(x), {key: value.clone() for key, value in model.state_dict().items()}
+    again = reparameterize_model(model.reparameterize().reparameterize())
+    assert torch.equal(again(x), wanted)
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in state.items())
+    assert set(again.state_dict()) == set(state)
+
+
+def test_gradients_flow(name, model, x):
+    deployed = model.reparameterize()
+    assert all(p.requires_grad and p.is_leaf for p in deployed.parameters())
+    x.requires_grad_()
+    deployed(x).square().sum().backward()
+    assert x.grad.abs().sum() > 0
+    for key, p in deployed.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), key
+    optimizer = torch.optim.SGD(deployed.parameters(), lr=1e-3)
+    optimizer.step()  # fine-tuning of the deployed form, also in train mode
+    assert deployed.train()(x.detach()).isfinite().all()
+
+
+@torch.no_grad()
+def test_deepcopy(name, model, x):
+    copied = copy.deepcopy(model)
+    wanted = model(x)
+    model.reparameterize()
+    assert torch.equal(copied(x), wanted)  # not affected
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), model(x))
+
+
+@torch.no_grad()
+def test_state_dict_and_inference_mode(name, model, x, tmp_path):
+    model.reparameterize()
+    wanted, state = model(x), model.state_dict()
+    other = build(name, inference_mode=True)
+    assert_plain(other)
+    other.load_state_dict(state, strict=True)
+    assert torch.equal(other.eval()(x), wanted)
+
+    path = tmp_path / f'{name}.safetensors'
+    save_file({key: value.contiguous() for key, value in state.items()}, path)
+    loaded = build(name, inference_mode=True, checkpoint_path=str(path))
+    assert torch.equal(loaded.eval()(x), wanted)
+
+    torch.save({'state_dict': state}, tmp_path / 'deployed.pth')
+    loaded = build(name, inference_mode=True, checkpoint_path=str(tmp_path / 'deployed.pth'))
+    assert torch.equal(loaded.eval()(x), wanted)
+    with pytest.raises(RuntimeError):  # never half loaded into the training form
+        build(name, checkpoint_path=str(path))
+
+
+@torch.no_grad()
+def test_deployed_weights_as_pretrained(name, model, x, tmp_path):
+    model.reparameterize()
+    path = tmp_path / 'deployed.safetensors'
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+    loaded = build(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), inference_mode=True)
+    assert torch.equal(loaded.eval()(x), model(x))
+
+
+@torch.no_grad()
+def test_inference_mode_from_training_weights(name, model, x, tmp_path):
+    """Training-form weights given to a model that is built deployed."""
+    path = tmp_path / 'train.safetensors'
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+    loaded = build(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), inference_mode=True)
+    assert_plain(loaded)
+    assert relative_error(loaded.eval()(x), model(x)) <= 1e-5
+
+
+@torch.no_grad()
+def test_features_of_a_deployed_model(name, model, x):
+    wanted = model.forward_intermediates(x, intermediates_only=True)
+    model.reparameterize()
+    got = model.forward_intermediates(x, intermediates_only=True)
+    assert len(got) == len(wanted)
+    assert all(relative_error(a, b) <= 1e-5 for a, b in zip(got, wanted))
+    assert tuple(model.forward_head(model.forward_features(x), pre_logits=True).shape) == (2, model.num_features)
+
+
+@torch.no_grad()
+def test_features_only_deployed(name, x):
+    last = len(build(name, device='meta').feature_info) - 1
+    model = randomize_norms(build(name, features_only=True, out_indices=(0, last))).eval()
+    wanted = model(x)
+    deployed = reparameterize_model(model)
+    assert_plain(deployed)
+    assert all(relative_error(a, b) <= 1e-5 for a, b in zip(deployed(x), wanted))
+    built = build(name, features_only=True, out_indices=(0, last), inference_mode=True).eval()
+    built.load_state_dict(deployed.state_dict())
+    assert all(relative_error(a, b) <= 1e-5 for a, b in zip(built(x), wanted))
+
+
+@torch.no_grad()
+def test_classifier_of_a_deployed_model(name, model, x):
+    model.reparameterize()
+    assert isinstance(model.get_classifier(), nn.Linear)
+    model.reset_classifier(7)
+    assert tuple(model(x).shape) == (2, 7)
+
+
+def test_inference_mode_starts_like_any_model(name):
+    """A deployed model that is built is in train mode, and has fewer parameters kinds than the training form."""
+    model = build(name, inference_mode=True)
+    assert all(m.training for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', ['smpconv_mobile31', 'smpconv_cifar', 'smpconv_seq_chartraj'])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+@torch.no_grad()
+def test_half_precision(name, dtype, tolerance):
+    model = randomize_norms(build(name)).eval()
+    x = make_input(name, 1)
+    wanted = model(x)
+    deployed = model.reparameterize().to(dtype)
+    assert relative_error(deployed(x.to(dtype)), wanted) <= tolerance
+
+
+@pytest.mark.parametrize(
+    'block, shape',
+    [
+        (lambda: RepSMPConv2d(6, 6, 13, groups=6), (2, 6, 9, 20)),
+        (lambda: RepSMPConv2d(6, 6, 3, groups=6, small_kernel_size=5), (2, 6, 9, 20)),  # large is the smaller one
+        (lambda: RepSMPConv2d(3, 5, 9, small_kernel_size=3, small_bias=True, radius=0.4), (2, 3, 9, 20)),
+        (lambda: RepSMPConv2d(3, 5, 1, small_kernel_size=1), (2, 3, 9, 20)),
+        (lambda: RepSMPConv2d(1, 1, 7, small_kernel_size=3, groups=1), (2, 1, 9, 20)),
+        (lambda: RepSMPConv1d(3, 4, 50, large_bias=True, radius=0.1), (2, 3, 64)),
+        (lambda: RepSMPConv1d(3, 4, 51, radius=0.1), (2, 3, 20)),
+        (lambda: RepSMPConv1d(3, 4, 2, small_kernel_size=5), (2, 3, 20)),
+    ],
+)
+@torch.no_grad()
+def test_blocks(block, shape):
+    module = spread_points(randomize_norms(block())).double().eval()
+    for m in module.modules():
+        if getattr(m, 'bias', None) is not None:
+            m.bias.copy_(torch.randn(m.bias.shape))
+    x = torch.randn(shape, dtype=torch.float64)
+    wanted = module(x)
+    conv = module.fuse()
+    assert isinstance(conv, (nn.Conv1d, nn.Conv2d)) and conv.bias is not None
+    assert relative_error(conv(x), wanted) <= 1e-10
+    with pytest.raises(RuntimeError, match='train mode'):
+        module.train().fuse()
+
+
+@pytest.mark.parametrize('name', ['smpconv_tiny', 'smpconv_base', 'smpconv_mobile51'])
+@torch.no_grad()
+def test_full_size(name):
+    """The depth that the other tests cut."""
+    model = randomize_norms(timm.create_model(name)).eval()
+    x = make_input(name, 1)
+    wanted = model(x)
+    assert relative_error(model.reparameterize()(x), wanted) <= 1e-5
+
+
+def test_models_made_smaller_exist():
+    assert set(SMALLER) <= set(timm.list_models('smpconv*'))
+
+
+def test_fused_block_is_what_torch_computes():
+    """The deployed convolution is an nn.Conv2d whose attributes say what it does: torch's own op agrees."""
+    conv = RepSMPConv2d(4, 4, 11, groups=4).eval().fuse()
+    x = torch.randn(1, 4, 16, 16)
+    plain = nn.functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    assert relative_error(conv(x), plain) <= 1e-5
+    assert SMPConv2d(4, 4, 11, groups=4).depthwise

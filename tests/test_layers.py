@@ -1,0 +1,152 @@
+"""The drop-in layers: a rendered kernel, convolved."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from synth import randomize_norms, relative_error
+from torch import nn
+
+from timm_smpconv.layers import RepSMPConv1d, RepSMPConv2d, SMPConv1d, SMPConv2d
+
+
+def spread(module):
+    """Points all over the support, and a bias that is not zero."""
+    with torch.no_grad():
+        kernel = module.kernel
+        kernel.coords.copy_(0.6 * torch.randn_like(kernel.coords))
+        kernel.scaled_radius.copy_((0.1 + 0.3 * torch.rand_like(kernel.scaled_radius)) / kernel.radius_lr_scale)
+        if module.bias is not None:
+            module.bias.copy_(torch.randn_like(module.bias))
+    return module.double()
+
+
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('size', [1, 7, (5, 11), 31])
+@pytest.mark.parametrize('in_chs, out_chs, groups', [(4, 4, 4), (3, 5, 1), (1, 1, 1), (1, 3, 1)])
+def test_conv2d(in_chs, out_chs, groups, size, bias):
+    layer = spread(SMPConv2d(in_chs, out_chs, size, groups=groups, bias=bias))
+    x = torch.randn(2, in_chs, 12, 9, dtype=torch.float64)
+    kernel = layer.kernel()
+    pad = (kernel.shape[2] // 2, kernel.shape[3] // 2)
+    wanted = F.conv2d(x, kernel, layer.bias, padding=pad, groups=groups)
+    assert relative_error(layer(x), wanted) < 1e-10
+    layer(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('taps', [1, 2, 20, 161, 400])
+@pytest.mark.parametrize('length', [1, 50, 400])
+@pytest.mark.parametrize('center', [None, 0.9])
+def test_conv1d_is_causal(taps, length, bias, center):
+    layer = spread(SMPConv1d(3, 5, taps, bias=bias, radius=0.1))
+    if center is not None:  # the leading taps are zero, and left out
+        layer.kernel.coords.data.mul_(0.05).add_(center)
+        layer.kernel.scaled_radius.data.fill_(0.5)
+    x = torch.randn(2, 3, length, dtype=torch.float64, requires_grad=True)
+    wanted = F.conv1d(F.pad(x, (taps - 1, 0)), layer.kernel(), layer.bias)
+    got = layer(x)
+    assert (got - wanted).abs().max() <= 1e-10 * wanted.abs().max().clamp_min(1.0)
+    inputs = [x, *layer.parameters()]
+    upstream = torch.randn_like(wanted)
+    for a, b in zip(torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(wanted, inputs, upstream)):
+        assert (a - b).abs().max() <= 1e-9 * b.abs().max().clamp_min(1.0)
+
+
+@pytest.mark.parametrize(
+    'layer, points, radius',
+    [
+        (lambda: SMPConv2d(8, 8, 31, groups=8), 240, 4 / 31),
+        (lambda: SMPConv2d(8, 8, (5, 13), groups=8), 16, 4 / 13),
+        (lambda: SMPConv2d(8, 8, 3, groups=8), 2, 1.0),
+        (lambda: SMPConv2d(8, 6, 33), 16, 0.12),
+        (lambda: SMPConv1d(8, 6, 784), 30, 2 / 784),
+        (lambda: SMPConv1d(8, 6, 784, radius=0.002, num_points=5), 5, 0.002),
+    ],
+)
+def test_defaults(layer, points, radius):
+    kernel = layer().kernel
+    assert kernel.num_points == points and torch.allclose(kernel.radius, torch.tensor(radius))
+
+
+@pytest.mark.parametrize(
+    'layer, words',
+    [
+        (lambda: SMPConv2d(3, 3, 4), ('odd', '4')),
+        (lambda: SMPConv2d(3, 3, (3, 6)), ('odd', '(3, 6)')),
+        (lambda: SMPConv2d(3, 3, 0), ('odd and positive', '0')),
+        (lambda: SMPConv2d(4, 8, 3, groups=4), ('groups', '4', '8')),
+        (lambda: SMPConv2d(4, 4, 3, groups=2), ('groups', '2')),
+        (lambda: SMPConv1d(3, 3, 0), ('kernel_size', '0')),
+        (lambda: SMPConv1d(3, 3, -5), ('kernel_size', '-5')),
+        (lambda: SMPConv1d(3, 3, 9, radius=3.0), ('radius', '3.0')),
+        (lambda: RepSMPConv2d(3, 3, 9, small_kernel_size=2), ('odd', '2')),
+    ],
+)
+def test_arguments_that_cannot_work(layer, words):
+    with pytest.raises(ValueError) as e:
+        layer()
+    assert all(word in str(e.value) for word in words), e.value
+
+
+@pytest.mark.parametrize('groups, large, small', [(4, 13, 5), (1, 9, 3)])
+@torch.no_grad()
+def test_two_branches_2d(groups, large, small):
+    """y = BN(large(x)) + BN(small(x)), written out with torch's own functions."""
+    block = randomize_norms(RepSMPConv2d(4, 4, large, small, groups=groups)).double().eval()
+    x = torch.randn(2, 4, 10, 12, dtype=torch.float64)
+    wanted = 0
+    for kernel, norm in ((block.large.kernel(), block.large_norm), (block.small.weight, block.small_norm)):
+        y = F.conv2d(x, kernel, padding=kernel.shape[2] // 2, groups=groups)
+        wanted = wanted + F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=1e-5)
+    assert relative_error(block(x), wanted) < 1e-10
+
+
+@torch.no_grad()
+def test_two_branches_1d():
+    block = randomize_norms(RepSMPConv1d(3, 4, 60, large_bias=True, radius=0.1)).double().eval()
+    block.large.bias.normal_()
+    x = torch.randn(2, 3, 80, dtype=torch.float64)
+    wanted = 0
+    branches = (block.large.kernel(), block.large.bias, block.large_norm), (block.small.weight, None, block.small_norm)
+    for kernel, bias, norm in branches:
+        y = F.conv1d(F.pad(x, (kernel.shape[2] - 1, 0)), kernel, bias)
+        wanted = wanted + F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=1e-5)
+    assert block.small.weight.shape[2] == 5 and block.small.bias is None
+    assert relative_error(block(x), wanted) < 1e-10
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    'layer, shape',
+    [
+        (lambda: SMPConv2d(4, 4, 13, groups=4), (2, 4, 16, 16)),
+        (lambda: SMPConv2d(4, 4, 13), (2, 4, 16, 16)),
+        (lambda: SMPConv1d(4, 4, 100), (2, 4, 100)),
+    ],
+)
+def test_autocast(layer, shape, dtype):
+    module, x = layer(), torch.randn(shape)
+    wanted = module(x)
+    with torch.autocast('cpu', dtype=dtype):
+        y = module(x)
+    assert y.dtype == dtype and relative_error(y, wanted) < (5e-2 if dtype == torch.bfloat16 else 1e-2)
+    y.float().square().sum().backward()
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in module.parameters()
+    )
+
+
+def test_drop_in_for_torch():
+    """As layers of any network: in nn.Sequential, trained by a plain optimizer."""
+    net = nn.Sequential(SMPConv2d(1, 4, 9), nn.ReLU(), SMPConv2d(4, 4, 9, groups=4), nn.Flatten(2), SMPConv1d(4, 2, 16))
+    x, y = torch.randn(4, 1, 4, 4), torch.randn(4, 2, 16)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = F.mse_loss(net(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]

@@ -1,0 +1,354 @@
+"""Every backend against the reference backend, and the reference backend against torch in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, strategies as st
+from synth import relative_error
+from torch import nn
+
+from timm_smpconv import ops
+
+BACKENDS = ops.available_backends()
+OTHERS = [backend for backend in BACKENDS if backend != 'reference']
+OPS = {'depthwise': ops.depthwise_conv2d, 'dense': ops.conv2d, 'causal': ops.causal_conv1d}
+# of a result of magnitude 1: inputs and output are rounded to this dtype, and torch itself sums float16 in float16
+FORWARD = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+BACKWARD = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 6e-2}
+
+
+def make_case(op, batch, in_chs, out_chs, spatial, taps, dtype=torch.float64, seed=0, bias=True):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    if op == 'causal':
+        return randn(batch, in_chs, spatial[0]), randn(out_chs, in_chs, taps[0]), randn(out_chs) if bias else None
+    odd = [2 * k + 1 for k in taps]
+    if op == 'depthwise':
+        return randn(batch, in_chs, *spatial), randn(in_chs, 1, *odd), randn(in_chs) if bias else None
+    return randn(batch, in_chs, *spatial), randn(out_chs, in_chs, *odd), randn(out_chs) if bias else None
+
+
+def torch_result(op, x, weight, bias):
+    if op == 'causal':
+        return F.conv1d(F.pad(x, (weight.shape[2] - 1, 0)), weight, bias)
+    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+    return F.conv2d(x, weight, bias, padding=padding, groups=x.shape[1] if op == 'depthwise' else 1)
+
+
+def with_gradients(function, args):
+    """Output and gradients by all arguments, for an upstream gradient that is not constant."""
+    args = [None if a is None else a.detach().clone().requires_grad_() for a in args]
+    y = function(*args)
+    upstream = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).sin().to(y.dtype)
+    grads = torch.autograd.grad(y, [a for a in args if a is not None], upstream)
+    for a, g in zip([a for a in args if a is not None], grads):
+        assert a.shape == g.shape and a.dtype == g.dtype
+    return y, *grads
+
+
+def close(actual, wanted, tolerance):
+    """Relative to the largest entry, or to 1 where the sum happens to be small."""
+    assert actual.shape == wanted.shape
+    if not wanted.numel():
+        return True
+    scale = max(wanted.detach().double().abs().max().item(), 1.0)
+    return (actual.detach().double() - wanted.detach().double()).abs().max().item() <= tolerance * scale
+
+
+shapes = dict(
+    op=st.sampled_from(sorted(OPS)),
+    batch=st.integers(0, 3),
+    in_chs=st.integers(1, 3),
+    out_chs=st.integers(1, 3),
+    spatial=st.tuples(st.integers(1, 11), st.integers(1, 11)),
+    taps=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    bias=st.booleans(),
+    seed=st.integers(0, 999),
+)
+
+
+def fix(op, taps):
+    return (taps[0] + 1,) if op == 'causal' else taps  # at least one tap, even numbers of them in 1D only
+
+
+@given(**shapes)
+def test_reference_is_torch(op, batch, in_chs, out_chs, spatial, taps, bias, seed):
+    case = make_case(op, batch, in_chs, out_chs, spatial, fix(op, taps), seed=seed, bias=bias)
+    wanted = with_gradients(lambda *args: torch_result(op, *args), case)
+    with ops.use_backend('reference'):
+        got = with_gradients(OPS[op], case)
+    assert all(close(a, b, 1e-11) for a, b in zip(got, wanted))
+
+
+@pytest.mark.parametrize('backend', [*OTHERS, None])
+@given(dtype=st.sampled_from([torch.float64, torch.float32]), **shapes)
+def test_backends_agree(backend, dtype, op, batch, in_chs, out_chs, spatial, taps, bias, seed):
+    case = make_case(op, batch, in_chs, out_chs, spatial, fix(op, taps), dtype, seed, bias)
+    with ops.use_backend('reference'):
+        wanted = with_gradients(OPS[op], [None if a is None else a.double() for a in case])
+    with ops.use_backend(backend):
+        got = with_gradients(OPS[op], case)
+    assert got[0].dtype == dtype
+    assert close(got[0], wanted[0], FORWARD[dtype])
+    assert all(close(a, b, BACKWARD[dtype]) for a, b in zip(got[1:], wanted[1:]))
+
+
+@pytest.mark.parametrize('backend', OTHERS)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    'op, channels, spatial, taps',
+    [
+        ('depthwise', 8, (14, 20), (6, 6)),
+        ('depthwise', 4, (56, 40), (15, 15)),
+        ('depthwise', 3, (7, 9), (15, 25)),  # kernel larger than the map
+        ('dense', 6, (32, 32), (16, 16)),
+        ('causal', 5, (300,), (300,)),
+        ('causal', 5, (120,), (161,)),
+        ('causal', 2, (500,), (64,)),
+    ],
+)
+def test_larger_shapes_in_all_dtypes(backend, dtype, op, channels, spatial, taps):
+    x, weight, _ = make_case(op, 2, channels, channels, spatial, taps, dtype, bias=False)
+    weight = weight / weight[0].numel() ** 0.5  # outputs of magnitude 1
+    with ops.use_backend('reference'):
+        wanted = with_gradients(OPS[op], (x.double(), weight.double()))
+    with ops.use_backend(backend):
+        got = with_gradients(OPS[op], (x, weight))
+    assert got[0].dtype == dtype
+    assert relative_error(got[0], wanted[0]) <= FORWARD[dtype]
+    for a, b in zip(got[1:], wanted[1:]):
+        assert relative_error(a, b) <= BACKWARD[dtype]
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+class TestByHand:
+    def test_causal(self, backend):
+        with ops.use_backend(backend):
+            x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
+            y = ops.causal_conv1d(x, torch.tensor([[[10.0, 1.0]]]))  # present + 10 * the step before
+            assert torch.allclose(y, torch.tensor([[[1.0, 12.0, 23.0, 34.0]]]), atol=1e-5)
+            y = ops.causal_conv1d(x, torch.tensor([[[7.0, 0.0, 0.0, 0.0, 0.0, 1.0]]]))  # the first tap sees nothing
+            assert torch.allclose(y, x, atol=1e-5)
+
+    def test_correlation_not_convolution(self, backend):
+        x = torch.zeros(1, 1, 3, 4)
+        x[0, 0, 1, 1] = 1.0
+        weight = torch.arange(9.0).reshape(1, 1, 3, 3)
+        wanted = torch.tensor([[8.0, 7.0, 6.0, 0.0], [5.0, 4.0, 3.0, 0.0], [2.0, 1.0, 0.0, 0.0]])
+        with ops.use_backend(backend):
+            for op in (ops.conv2d, ops.depthwise_conv2d):
+                assert torch.allclose(op(x, weight)[0, 0], wanted, atol=1e-5)
+
+    def test_one_tap(self, backend):
+        with ops.use_backend(backend):
+            x = torch.randn(2, 3, 4, 5)
+            scale = torch.tensor([1.0, -2.0, 0.5])
+            y = ops.depthwise_conv2d(x, scale.reshape(3, 1, 1, 1), torch.ones(3))
+            assert torch.allclose(y, x * scale.reshape(1, 3, 1, 1) + 1, atol=1e-5)
+
+    def test_empty_batch(self, backend):
+        with ops.use_backend(backend):
+            x = torch.zeros(0, 3, 6, 5, requires_grad=True)
+            weight = torch.randn(3, 1, 7, 7, requires_grad=True)
+            y = ops.depthwise_conv2d(x, weight)
+            assert tuple(y.shape) == (0, 3, 6, 5)
+            y.sum().backward()
+            assert (weight.grad == 0).all() and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('op', sorted(OPS))
+@pytest.mark.parametrize('which', [0, 1, 2])
+def test_gradient_of_one_argument_alone(backend, op, which):
+    case = make_case(op, 2, 3, 3, (7, 9), (3, 2))
+    wanted = with_gradients(lambda *args: torch_result(op, *args), case)
+    args = [a.clone() for a in case]
+    args[which].requires_grad_()
+    with ops.use_backend(backend):
+        y = OPS[op](*args)
+    upstream = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).sin()
+    (grad,) = torch.autograd.grad(y, args[which], upstream)
+    assert close(grad, wanted[1 + which], 1e-10)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('op', sorted(OPS))
+def test_gradcheck(backend, op):
+    x, weight, bias = make_case(op, 2, 2, 2, (4, 5), (2, 1))
+    args = [a.requires_grad_() for a in (x, weight, bias)]
+    with ops.use_backend(backend):
+        assert torch.autograd.gradcheck(OPS[op], args)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('op', sorted(OPS))
+def test_double_backward_is_right_or_refused(backend, op):
+    x, weight, _ = make_case(op, 1, 2, 2, (4, 5), (2, 1), bias=False)
+    x.requires_grad_()
+    weight.requires_grad_()
+
+    def second_order(function):
+        (grad,) = torch.autograd.grad(function(x, weight).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.pow(2).sum(), (x, weight))
+
+    wanted = second_order(lambda a, b: torch_result(op, a, b, None))
+    with ops.use_backend(backend):
+        try:
+            got = second_order(OPS[op])
+        except RuntimeError:
+            return
+    assert all(close(a, b, 1e-9) for a, b in zip(got, wanted))
+
+
+@pytest.mark.parametrize('backend', [*BACKENDS, None])
+@pytest.mark.parametrize('op', ['depthwise', 'dense'])
+def test_memory_formats_2d(backend, op):
+    x, weight, bias = make_case(op, 2, 4, 4, (9, 12), (6, 3))
+    wanted = with_gradients(lambda *args: torch_result(op, *args), (x, weight, bias))
+    layouts = [
+        x.to(memory_format=torch.channels_last),
+        torch.randn(2, 4, 12, 9, dtype=x.dtype).transpose(2, 3).copy_(x),
+        torch.empty(4, 4, 18, 12, dtype=x.dtype)[::2, :, ::2].copy_(x),
+        x[:1].expand(2, -1, -1, -1),
+    ]
+    for i, layout in enumerate(layouts):
+        assert i == 3 or torch.equal(layout, x)
+        with ops.use_backend(backend):
+            x_leaf = layout.detach().requires_grad_()
+            w_leaf = weight.flip(2).clone().flip(2).requires_grad_()
+            y = OPS[op](x_leaf, w_leaf, bias)
+            upstream = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).sin()
+            got = (y, *torch.autograd.grad(y, (x_leaf, w_leaf), upstream))
+        if i == 3:
+            assert close(y[0], wanted[0][0], 1e-10) and close(y[1], wanted[0][0], 1e-10)
+        else:
+            assert all(close(a, b, 1e-10) for a, b in zip(got, wanted))
+
+
+@pytest.mark.parametrize('backend', [*BACKENDS, None])
+def test_memory_formats_1d(backend):
+    x, weight, bias = make_case('causal', 2, 4, 3, (50,), (50,))
+    wanted = torch_result('causal', x, weight, bias)
+    weight_t = weight.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    with ops.use_backend(backend):
+        assert close(ops.causal_conv1d(x.transpose(1, 2).contiguous().transpose(1, 2), weight_t, bias), wanted, 1e-10)
+
+
+@pytest.mark.parametrize('backend', [*BACKENDS, None])
+@pytest.mark.parametrize('op', sorted(OPS))
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(backend, op, dtype):
+    case = make_case(op, 2, 3, 3, (12, 9), (5, 4), torch.float32)
+    wanted = torch_result(op, *case)
+    with ops.use_backend(backend), torch.autocast('cpu', dtype=dtype):
+        y = OPS[op](*case)
+    assert y.dtype == dtype == torch_autocast_dtype(op, case, dtype)
+    assert relative_error(y, wanted) < 4 * FORWARD[dtype]
+
+
+def torch_autocast_dtype(op, case, dtype):
+    with torch.autocast('cpu', dtype=dtype):
+        return torch_result(op, *case).dtype
+
+
+class TestUseBackend:
+    def test_names(self):
+        assert {'reference', 'direct', 'fft'} <= set(BACKENDS) and len(set(BACKENDS)) == len(BACKENDS)
+
+    def test_forced_nested_restored(self, monkeypatch):
+        """Seen from outside: outputs of `reference` are exact in float32 up to one rounding, others are called."""
+        seen = []
+        table = ops.functional._BACKENDS
+
+        def spy(name, function):
+            def correlate(*args, **kwargs):
+                seen.append(name)
+                return function(*args, **kwargs)
+
+            return correlate
+
+        for name in BACKENDS:
+            monkeypatch.setitem(table, name, spy(name, table[name]))
+        x, weight, _ = make_case('depthwise', 1, 2, 2, (5, 5), (1, 1))
+        chosen = ops.choose_backend(x, weight, (1, 1), True)
+        with ops.use_backend('fft'):
+            ops.depthwise_conv2d(x, weight)
+            with ops.use_backend('reference'):
+                ops.depthwise_conv2d(x, weight)
+                with ops.use_backend(None):
+                    ops.depthwise_conv2d(x, weight)
+            ops.depthwise_conv2d(x, weight)
+            with pytest.raises(KeyError), ops.use_backend('direct'):
+                raise KeyError
+            ops.depthwise_conv2d(x, weight)
+        ops.depthwise_conv2d(x, weight)
+        assert seen == ['fft', 'reference', chosen, 'fft', 'fft', chosen]
+
+    def test_unknown_name(self):
+        with pytest.raises(ValueError) as e, ops.use_backend('cudnn'):
+            pass
+        assert 'cudnn' in str(e.value) and all(name in str(e.value) for name in BACKENDS)
+
+    @pytest.mark.parametrize('depthwise', [False, True])
+    @pytest.mark.parametrize('taps', [1, 5, 13, 51])
+    @pytest.mark.parametrize('grad', [False, True])
+    def test_chooser_names_a_backend(self, depthwise, taps, grad):
+        x = torch.zeros(1, 4, 8, 8, requires_grad=grad)
+        weight = torch.zeros(4, 1 if depthwise else 4, taps, taps)
+        assert ops.choose_backend(x, weight, (taps // 2, taps // 2), depthwise) in BACKENDS
+
+
+@pytest.mark.parametrize(
+    'op, x, weight, bias, words',
+    [
+        ('depthwise', (1, 3, 8), (3, 1, 3, 3), None, ('4D', '(1, 3, 8)')),
+        ('depthwise', (1, 3, 8, 8), (3, 1, 3), None, ('4D', '(3, 1, 3)')),
+        ('depthwise', (1, 3, 8, 8), (4, 1, 3, 3), None, ('(4, 1, 3, 3)', '3 channels')),
+        ('depthwise', (1, 3, 8, 8), (3, 3, 3, 3), None, ('(3, 3, 3, 3)', '(3, 1, kh, kw)')),
+        ('depthwise', (1, 3, 8, 8), (3, 1, 4, 3), None, ('odd', '(4, 3)')),
+        ('depthwise', (1, 3, 8, 8), (3, 1, 3, 2), None, ('odd', '(3, 2)')),
+        ('depthwise', (1, 3, 8, 8), (3, 1, 3, 3), (4,), ('bias', '(3,)', '(4,)')),
+        ('dense', (1, 3, 8, 8), (5, 4, 3, 3), None, ('4', '(1, 3, 8, 8)')),
+        ('dense', (1, 3, 8, 8), (5, 3, 6, 6), None, ('odd', '(6, 6)')),
+        ('dense', (1, 3, 8, 8), (5, 3, 3, 3), (3,), ('bias', '(5,)', '(3,)')),
+        ('causal', (1, 3, 8, 8), (5, 3, 4), None, ('3D', '(1, 3, 8, 8)')),
+        ('causal', (1, 3, 8), (5, 2, 4), None, ('2', '(1, 3, 8)')),
+        ('causal', (1, 3, 8), (5, 3, 4), (1,), ('bias', '(5,)', '(1,)')),
+    ],
+)
+def test_shapes_that_do_not_fit(op, x, weight, bias, words):
+    with pytest.raises(ValueError) as e:
+        OPS[op](torch.zeros(x), torch.zeros(weight), None if bias is None else torch.zeros(bias))
+    assert all(word in str(e.value) for word in words), e.value
+
+
+class _CallsOps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.depthwise = nn.Parameter(torch.randn(3, 1, 5, 7))
+        self.dense = nn.Parameter(torch.randn(3, 3, 3, 3))
+        self.causal = nn.Parameter(torch.randn(2, 3, 20))
+        self.bias = nn.Parameter(torch.randn(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = ops.conv2d(ops.depthwise_conv2d(x, self.depthwise), self.dense)
+        return ops.causal_conv1d(x.flatten(2), self.causal, self.bias)
+
+
+def test_script():
+    module = _CallsOps()
+    x = torch.randn(2, 3, 6, 9)
+    assert relative_error(torch.jit.script(module)(x), module(x)) < 1e-5
+
+
+@pytest.mark.parametrize('backend', OTHERS)
+def test_compile_of_the_ops(backend):
+    module = _CallsOps()
+    x = torch.randn(2, 3, 6, 9)
+    with ops.use_backend(backend):
+        wanted = module(x)
+        got = torch.compile(module, backend='eager', fullgraph=True)(x)
+    assert relative_error(got, wanted) < 1e-5

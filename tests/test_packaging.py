@@ -1,0 +1,97 @@
+"""The package as a guest of Python and timm."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+
+import timm_smpconv
+from timm_smpconv.catalog import model_names
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_import_is_quiet():
+    """No output, no warnings of our own, and no log records that a user would see."""
+    code = 'import timm, torchvision, warnings; warnings.simplefilter("error"); import timm_smpconv'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
+
+
+def test_import_is_idempotent():
+    """A second execution registers the same models again, without warnings."""
+    code = (
+        'import sys, warnings, timm, timm_smpconv\n'
+        'warnings.simplefilter("error")\n'
+        'before = timm.list_models("smpconv*"), timm.list_models("smpconv*", pretrained=True)\n'
+        'import importlib; importlib.reload(timm_smpconv)\n'
+        'assert before == (timm.list_models("smpconv*"), timm.list_models("smpconv*", pretrained=True))\n'
+        'assert timm.create_model("smpconv_seq_speech").num_classes == 10\n'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
+
+
+def test_import_leaves_the_command_line_out():
+    """The libraries that only the commands need are not loaded with the package."""
+    code = 'import sys, timm_smpconv; assert not {"timm_smpconv.cli", "timm_smpconv.train"} & set(sys.modules)'
+    subprocess.run([sys.executable, '-c', code], check=True, timeout=300)
+
+
+def test_module_runs_as_a_command():
+    done = subprocess.run(
+        [sys.executable, '-m', 'timm_smpconv', '--version'], capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout) == (0, f'timm-smpconv {timm_smpconv.__version__}\n')
+
+
+def test_all_models_are_ours_and_registered():
+    assert len(model_names()) == 11
+    assert all(timm.is_model(name) for name in model_names())
+
+
+def test_package_is_typed():
+    assert (Path(timm_smpconv.__file__).parent / 'py.typed').is_file()
+
+
+def test_version_is_that_of_the_distribution():
+    try:
+        version = importlib.metadata.version('timm-smpconv')
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip('not installed')
+    assert version == timm_smpconv.__version__
+
+
+def _project():
+    tomllib = pytest.importorskip('tomllib')  # Python >= 3.11
+    return tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+
+
+def test_dependencies():
+    names = {dependency.partition('>=')[0] for dependency in _project()['dependencies']}
+    assert names == {'torch', 'torchvision', 'timm', 'huggingface_hub', 'safetensors'}
+
+
+def test_modules_belong_to_installed_packages():
+    """Every folder with modules is listed for the wheel."""
+    tomllib = pytest.importorskip('tomllib')
+    listed = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['setuptools']['packages']
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / 'timm_smpconv').rglob('*.py')}
+    assert {'.'.join(folder.parts) for folder in folders} == set(listed)
+
+
+def test_command_is_declared():
+    assert _project()['scripts'] == {'timm-smpconv': 'timm_smpconv.cli:main'}
+
+
+def test_map_in_the_readme_is_true():
+    """Every path of the map exists, and every module and folder of the repository is on it."""
+    text = (ROOT / 'README.md').read_text().split('## Map of the code')[1].split('## Licence')[0]
+    paths = re.findall(r'^\| `([^`]+)` \|', text, re.MULTILINE)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    modules = [path for path in (ROOT / 'timm_smpconv').rglob('[!_]*.py') if path.name != 'version.py']
+    assert [str(m) for m in modules if not any(str(m.relative_to(ROOT)).startswith(path) for path in paths)] == []
