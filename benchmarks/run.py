@@ -250,9 +250,10 @@ def main() -> None:
         return
 
     print(
-        f'{time.strftime("%Y-%m-%d")}, {platform.machine()}, {args.threads} threads, Python {platform.python_version()}, '
-        f'torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, '
-        f'timm_smpconv {timm_smpconv.__version__}, {torch.backends.cpu.get_cpu_capability()}\n'
+        f'{time.strftime("%Y-%m-%d")}, {platform.machine()}, {args.threads} threads, '
+        f'Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, '
+        f'timm {timm.__version__}, timm_smpconv {timm_smpconv.__version__}, '
+        f'{torch.backends.cpu.get_cpu_capability()}\n'
     )
     print('| case | path | ms | plain / path | peak MiB | goal |\n|---|---|---|---|---|---|')
     rows = []

@@ -184,7 +184,7 @@ def test_reference_that_does_not_fit(name, change, tmp_path):
     torch.save(dict(model=state), tmp_path / 'bad.pth')
     with pytest.raises(RuntimeError) as e:
         from_file(name, tmp_path / 'bad.pth')
-    assert ('some.other.weight' if change == 'unexpected' else 'scaled_radius') in str(e.value)
+    assert ('some.other.weight' if change == 'unexpected' else 'radius_offset') in str(e.value)
 
 
 @pytest.mark.parametrize('name', ['smpconv_seq_chartraj'])

@@ -50,8 +50,8 @@ def spread_points(model, seed=0):
             if isinstance(module, SMPKernel):
                 dtype = module.coords.dtype
                 module.coords.copy_(0.5 * torch.randn(module.coords.shape, generator=generator))
-                radius = 0.05 + 0.15 * torch.rand(module.scaled_radius.shape, generator=generator)
-                module.scaled_radius.copy_((radius / module.radius_lr_scale).to(dtype))
+                radius = 0.05 + 0.15 * torch.rand(module.base_radius.shape, generator=generator)
+                module.set_radius(radius.to(dtype))
     return model
 
 

@@ -1,5 +1,6 @@
 """SMPKernel against the definition (Eq. 1 and 2), written out as loops over points and taps."""
 
+import copy
 import itertools
 import math
 
@@ -53,9 +54,9 @@ def make_kernel(in_chs=2, out_chs=3, size=7, ndim=2, num_points=5, seed=0, sprea
     with torch.no_grad():
         kernel.coords.copy_(spread * torch.randn(kernel.coords.shape, generator=generator, dtype=torch.float64))
         radius = radii[0] + (radii[1] - radii[0]) * torch.rand(
-            kernel.scaled_radius.shape, generator=generator, dtype=torch.float64
+            kernel.base_radius.shape, generator=generator, dtype=torch.float64
         )
-        kernel.scaled_radius.copy_(radius / kernel.radius_lr_scale)
+        kernel.set_radius(radius)
         kernel.weights.copy_(torch.randn(kernel.weights.shape, generator=generator, dtype=torch.float64))
     return kernel
 
@@ -101,7 +102,7 @@ def test_points_outside_are_rendered_not_clipped(ndim, normalize):
     kernel.train()()
     assert kernel.coords.max() == 1.25 and kernel.coords.min() == -3.0
     with torch.no_grad():
-        kernel.scaled_radius.fill_(10.0)
+        kernel.set_radius(1.0)
         kernel.weights.fill_(2.0)
     wanted, _ = naive_render(kernel, (9,) * ndim)
     got = kernel().detach()
@@ -178,40 +179,41 @@ def test_gradient_of_the_radius(ndim, normalize, scale):
     direction = torch.randn(kernel().shape, generator=generator, dtype=torch.float64)
     (kernel() * direction).sum().backward()
     eps = 1e-6
-    for index in itertools.product(*[range(n) for n in kernel.scaled_radius.shape]):
+    for index in itertools.product(*[range(n) for n in kernel.radius_offset.shape]):
         values = []
         for sign in (1, -1):
             with torch.no_grad():
-                kernel.scaled_radius[index] += sign * eps / scale
+                kernel.radius_offset[index] += sign * eps / scale
                 before = kernel.radius[index].item()
                 values.append((kernel() * direction).sum().item())
-                kernel.scaled_radius[index] -= sign * eps / scale
+                kernel.radius_offset[index] -= sign * eps / scale
             assert before == pytest.approx(kernel.radius[index].item() + sign * eps, abs=1e-12)
         slope = (values[0] - values[1]) / (2 * eps)
-        assert kernel.scaled_radius.grad[index].item() == pytest.approx(slope, rel=1e-4, abs=1e-6)
+        assert kernel.radius_offset.grad[index].item() == pytest.approx(slope, rel=1e-4, abs=1e-6)
 
 
 @given(value=st.floats(-1e4, 1e4), low=st.sampled_from([1e-4, 1e-3, 0.5]), training=st.booleans())
 def test_radius_stays_in_range(value, low, training):
     kernel = SMPKernel(1, 2, 5, radius=0.6, radius_range=(low, 1.0)).train(training)
     with torch.no_grad():
-        kernel.scaled_radius.fill_(value)
+        kernel.radius_offset.fill_(value)
     radius = kernel.radius.detach()
     assert (radius >= np.float32(low)).all() and (radius <= 1.0).all()
     assert kernel().isfinite().all()
     if training:
-        stored = kernel.scaled_radius.detach() * kernel.radius_lr_scale
-        assert torch.allclose(stored, radius, rtol=1e-6)
+        stored = kernel.base_radius + kernel.radius_offset.detach() * kernel.radius_lr_scale
+        assert torch.allclose(stored, radius, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize('value, wanted', [(-5.0, 1e-3), (1e6, 1.0), (3.0, 0.3)])
+@pytest.mark.parametrize('value, wanted', [(-50.0, 1e-3), (1e6, 1.0), (-3.0, 0.3)])
 def test_state_dict_holds_projected_radii(value, wanted):
     kernel = SMPKernel(1, 2, 5, radius=0.6, radius_range=(1e-3, 1.0))
     with torch.no_grad():
-        kernel.scaled_radius.fill_(value)
+        kernel.radius_offset.fill_(value)
     other = SMPKernel(1, 2, 5, radius=0.6, radius_range=(1e-3, 1.0))
     other.load_state_dict(kernel.state_dict())
-    assert torch.allclose(other.scaled_radius * other.radius_lr_scale, torch.tensor(wanted), rtol=1e-5)
+    stored = other.base_radius + other.radius_offset * other.radius_lr_scale
+    assert torch.allclose(stored, torch.tensor(wanted), rtol=1e-4)
     assert torch.allclose(other.radius, torch.tensor(wanted), rtol=1e-5)
 
 
@@ -224,7 +226,7 @@ def test_frozen_coordinates_and_radii(learn_coords, learn_radius):
     kernel().square().sum().backward()
     optimizer.step()
     assert torch.equal(before['coords'], kernel.coords) != learn_coords
-    assert torch.equal(before['scaled_radius'], kernel.scaled_radius) != learn_radius
+    assert torch.equal(before['radius_offset'], kernel.radius_offset) != learn_radius
     assert not torch.equal(before['weights'], kernel.weights)
     assert set(kernel.state_dict()) == set(before)
 
@@ -409,8 +411,44 @@ def test_support_leaves_out_zeros_alone(size, center, radius, seed, dtype):
     with torch.no_grad():
         kernel.coords.copy_(center + 0.05 * torch.randn(3, 4, 1, generator=torch.Generator().manual_seed(seed)))
     kernel.to(dtype)
-    full, part = kernel(), kernel.support()
+    full, part = kernel(), kernel.for_convolution()
     skipped = size - part.shape[2]
     assert skipped >= 0 and part.shape[:2] == full.shape[:2]
     assert (full[..., :skipped] == 0).all()
     assert relative_error(part, full[..., skipped:]) <= (1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_set_radius():
+    kernel = SMPKernel(1, 2, 5, radius=0.6)
+    kernel.set_radius(0.3)
+    assert torch.equal(kernel.radius.detach(), torch.full((2, 16), 0.3))
+    for value in (0.0, 1.5, float('nan')):
+        with pytest.raises(ValueError, match='must lie within'):
+            kernel.set_radius(value)
+
+
+@pytest.mark.parametrize('causal', [False, True])
+def test_rendered_once_in_eval(causal):
+    """Eval mode without gradients reuses the kernel until a parameter changes, however it is changed."""
+    kernel = make_kernel(2, 3, 80, 1, causal=causal, dtype=torch.float32).eval()
+    full = kernel().detach()
+    with torch.no_grad():
+        first = kernel.for_convolution()
+        assert kernel.for_convolution() is first
+        assert torch.equal(first, full[..., full.shape[-1] - first.shape[-1] :])
+        assert (full[..., : full.shape[-1] - first.shape[-1]] == 0).all()
+        for change in (
+            lambda: kernel.weights.data.mul_(2),
+            lambda: kernel.coords.data.add_(0.01),
+            lambda: kernel.radius_offset.add_(0.1),
+            lambda: kernel.set_radius(0.5),
+            lambda: kernel.load_state_dict({k: v + 0.01 for k, v in kernel.state_dict().items()}),
+        ):
+            before = kernel.for_convolution()
+            change()
+            after = kernel.for_convolution()
+            assert after is not before
+            full = kernel()
+            assert torch.equal(after, full[..., full.shape[-1] - after.shape[-1] :])
+    assert kernel.for_convolution().requires_grad
+    assert copy.deepcopy(kernel)._rendered is None

@@ -14,7 +14,7 @@ def spread(module):
     with torch.no_grad():
         kernel = module.kernel
         kernel.coords.copy_(0.6 * torch.randn_like(kernel.coords))
-        kernel.scaled_radius.copy_((0.1 + 0.3 * torch.rand_like(kernel.scaled_radius)) / kernel.radius_lr_scale)
+        kernel.set_radius(0.1 + 0.3 * torch.rand_like(kernel.base_radius))
         if module.bias is not None:
             module.bias.copy_(torch.randn_like(module.bias))
     return module.double()
@@ -42,7 +42,7 @@ def test_conv1d_is_causal(taps, length, bias, center):
     layer = spread(SMPConv1d(3, 5, taps, bias=bias, radius=0.1))
     if center is not None:  # the leading taps are zero, and left out
         layer.kernel.coords.data.mul_(0.05).add_(center)
-        layer.kernel.scaled_radius.data.fill_(0.5)
+        layer.kernel.set_radius(0.05)
     x = torch.randn(2, 3, length, dtype=torch.float64, requires_grad=True)
     wanted = F.conv1d(F.pad(x, (taps - 1, 0)), layer.kernel(), layer.bias)
     got = layer(x)

@@ -441,7 +441,7 @@ def test_frozen_points(name):
     """Table 6: fixed coordinates and radii."""
     model = build(name, learn_coords=False, learn_radius=False)
     frozen = {key.rsplit('.', 1)[-1] for key, p in model.named_parameters() if not p.requires_grad}
-    assert frozen == {'coords', 'scaled_radius'}
+    assert frozen == {'coords', 'radius_offset'}
     optimizer = create_optimizer_v2(model, 'adamw', lr=1e-3, layer_decay=0.8, weight_decay=0.05)
     assert all(p.requires_grad for g in optimizer.param_groups for p in g['params'])
 

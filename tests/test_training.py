@@ -64,7 +64,7 @@ def test_radii_step_a_tenth(family, opt):
     model, x, target = small(family)
     # a radius of 0.5 keeps all radii off the ends of their range
     for kernel in kernels(model):
-        torch.nn.init.constant_(kernel.scaled_radius, 5.0)
+        kernel.set_radius(0.5)
     before = copy.deepcopy(model)
     optimizer = create_optimizer_v2(model, opt, lr=1e-3, weight_decay=0.05)
     train(model, optimizer, x, target)
@@ -101,7 +101,7 @@ def test_adam_step_ratio(family):
     """One Adam step moves every parameter with a gradient by the learning rate, the radii by a tenth of it."""
     model, x, target = small(family)
     for kernel in kernels(model):
-        torch.nn.init.constant_(kernel.scaled_radius, 5.0)
+        kernel.set_radius(0.5)
     before = copy.deepcopy(model)
     train(model, create_optimizer_v2(model, 'adam', lr=1e-4), x, target)
     for kernel, old in zip(kernels(model), kernels(before)):
@@ -117,7 +117,7 @@ def test_no_weight_decay(family):
     decay = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
     for name, parameter in model.named_parameters():
         last = name.rsplit('.', 1)[-1]
-        exempt = last in ('coords', 'scaled_radius', 'bias') or parameter.ndim == 1
+        exempt = last in ('coords', 'radius_offset', 'bias') or parameter.ndim == 1
         assert decay[id(parameter)] == (0.0 if exempt else 0.1), name
     before = copy.deepcopy(model)
     for parameter in model.parameters():
@@ -148,8 +148,8 @@ def test_huge_learning_rate(family, opt, lr, tmp_path):
     state = dict(state_dict=model.state_dict(), optimizer=optimizer.state_dict())
     torch.save(state, tmp_path / 'checkpoint.pt')
     for kernel in kernels(model):  # saving projects the stored values, too
-        stored = kernel.scaled_radius * kernel.radius_lr_scale
-        torch.testing.assert_close(stored, kernel.radius, rtol=1e-6, atol=0)
+        stored = kernel.base_radius + kernel.radius_offset * kernel.radius_lr_scale
+        torch.testing.assert_close(stored, kernel.radius, rtol=1e-5, atol=1e-7)
 
     resumed, _, _ = small(family, seed=1)
     loaded = torch.load(tmp_path / 'checkpoint.pt', weights_only=True)
@@ -173,7 +173,7 @@ def test_projection_is_a_projection(opt):
     optimizer = create_optimizer_v2(kernel, opt, lr=0.5, momentum=0.0)
     for sign, expected in ((-1, 1.0), (-1, 1.0), (1, 0.95)):
         kernel()  # training forward pass
-        kernel.scaled_radius.grad = torch.full_like(kernel.scaled_radius, float(sign))
+        kernel.radius_offset.grad = torch.full_like(kernel.radius_offset, float(sign))
         if opt == 'adamw':
             optimizer.state.clear()
         optimizer.step()
@@ -185,11 +185,12 @@ def test_reference_trajectory():
     model, x, target = small('sequence')
     reference = copy.deepcopy(model)
     optimizer = create_optimizer_v2(model, 'adam', lr=0.05)
-    # the explicit loop keeps plain radii: the stored value itself, at scale 1
+    # the explicit loop keeps plain radii: the parameter itself, at scale 1
     for kernel in kernels(reference):
-        kernel.scaled_radius.data = kernel.radius.detach().clone()
+        kernel.radius_offset.data = kernel.radius.detach().clone()
+        kernel.base_radius.zero_()
         kernel.radius_lr_scale = 1.0
-    radii = [k.scaled_radius for k in kernels(reference)]
+    radii = [k.radius_offset for k in kernels(reference)]
     ids = {id(p) for p in radii}
     explicit = torch.optim.Adam(
         [{'params': [p for p in reference.parameters() if id(p) not in ids]}, {'params': radii, 'lr': 0.005}], lr=0.05
@@ -198,7 +199,7 @@ def test_reference_trajectory():
         train(model, optimizer, x, target)
         train(reference, explicit, x, target)
         for kernel in kernels(reference):
-            kernel.scaled_radius.data = kernel.scaled_radius.data.clamp(kernel.min_radius, kernel.max_radius)
+            kernel.radius_offset.data = kernel.radius_offset.data.clamp(kernel.min_radius, kernel.max_radius)
     for a, b in zip(kernels(model), kernels(reference)):
         torch.testing.assert_close(a.radius, b.radius, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(a.coords, b.coords, rtol=1e-3, atol=1e-4)
@@ -224,10 +225,10 @@ def test_compiled_training(family):
         torch.testing.assert_close(full(x), model(x), rtol=1e-3, atol=1e-4)
     model.train()
     for kernel in kernels(model):  # far out of range: the compiled forward pass projects the stored value
-        kernel.scaled_radius.data.fill_(100.0)
+        kernel.radius_offset.data.fill_(100.0)
     compiled(x)
     for kernel in kernels(model):
-        torch.testing.assert_close(kernel.scaled_radius, torch.full_like(kernel.scaled_radius, 10.0))
+        torch.testing.assert_close(kernel.radius_offset, (1.0 - kernel.base_radius) / 0.1)
 
 
 def test_distributed_training(tmp_path):

@@ -27,10 +27,10 @@ class SMPKernel(nn.Module):
     coordinate 1 along the height from bottom to top, so row 0 of the rendered kernel lies at coordinate +1.
 
     The radii are learned 0.1 x as fast as everything else and stay within a range. Both live in the parameter, not in
-    the training script: `scaled_radius` stores radius / radius_lr_scale and receives the gradient of the radius itself,
-    so that a step of SGD or of an Adam-type optimizer moves the radius radius_lr_scale times as far as it would move a
-    plain parameter; it is projected into its range when the next training step (or a checkpoint, or an EMA update)
-    reads it.
+    the training script: radius = base_radius + radius_lr_scale * radius_offset, where the buffer `base_radius` holds
+    where training started and the parameter `radius_offset` receives the gradient of the radius itself. So a step of
+    SGD or of an Adam-type optimizer moves the radius radius_lr_scale times as far as it would move a plain parameter.
+    The offset is projected into its range when the next training step (or a checkpoint, or an EMA update) reads it.
 
     Attributes:
         coords: point coordinates, (G, N, d) with G = 1 if the points are shared, else out_chs. Never clipped.
@@ -113,7 +113,8 @@ class SMPKernel(nn.Module):
 
         groups = 1 if shared_points else out_chs
         self.coords = nn.Parameter(torch.empty(groups, num_points, ndim, **dd), requires_grad=learn_coords)
-        self.scaled_radius = nn.Parameter(torch.empty(groups, num_points, **dd), requires_grad=learn_radius)
+        self.register_buffer('base_radius', torch.empty(groups, num_points, **dd))
+        self.radius_offset = nn.Parameter(torch.empty(groups, num_points, **dd), requires_grad=learn_radius)
         self.weights = nn.Parameter(torch.empty(out_chs, in_chs, num_points, **dd))
         self.reset_parameters()
 
@@ -125,22 +126,44 @@ class SMPKernel(nn.Module):
                 self.coords.mul_(2.0).add_(1.0)
         else:
             nn.init.trunc_normal_(self.coords, std=self.coord_std, a=-1.0, b=1.0)
-        nn.init.constant_(self.scaled_radius, self.init_radius / self.radius_lr_scale)
+        nn.init.constant_(self.base_radius, self.init_radius)
+        nn.init.zeros_(self.radius_offset)
         nn.init.trunc_normal_(self.weights, std=0.02)
 
     @property
     def radius(self) -> torch.Tensor:
-        scaled = self.scaled_radius
-        value = (scaled.detach() * self.radius_lr_scale).clamp(self.min_radius, self.max_radius)
-        # the difference is zero: it only carries the gradient of the radius, unscaled, to the stored parameter
-        return value + (scaled - scaled.detach())
+        offset = self.radius_offset
+        value = self.base_radius + offset.detach() * self.radius_lr_scale
+        # the difference is zero: it only carries the gradient of the radius, unscaled, to the parameter
+        return value.clamp(self.min_radius, self.max_radius) + (offset - offset.detach())
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def set_radius(self, value: Union[float, torch.Tensor]) -> None:
+        """Sets the radii.
+
+        Args:
+            value: Radii, (G, N) or one number for all, within radius_range.
+
+        Raises:
+            ValueError: A radius is out of range.
+        """
+        value = torch.as_tensor(value, dtype=self.base_radius.dtype, device=self.base_radius.device)
+        if not ((value >= self.min_radius) & (value <= self.max_radius)).all():
+            raise ValueError(
+                f'radii must lie within [{self.min_radius}, {self.max_radius}], '
+                f'got values from {value.min().item()} to {value.max().item()}.'
+            )
+        self.base_radius.copy_(value)
+        self.radius_offset.zero_()
 
     def project(self) -> None:
-        """Projects the stored radii into their range, in place."""
+        """Projects the radii into their range, by changing the offsets in place."""
         if self.learn_radius:
             with torch.no_grad():
-                scale = self.radius_lr_scale
-                self.scaled_radius.clamp_(self.min_radius / scale, self.max_radius / scale)
+                low = (self.min_radius - self.base_radius) / self.radius_lr_scale
+                high = (self.max_radius - self.base_radius) / self.radius_lr_scale
+                self.radius_offset.copy_(torch.minimum(torch.maximum(self.radius_offset, low), high))
 
     def forward(self, size: Optional[Union[int, List[int]]] = None) -> torch.Tensor:
         """Renders the kernel.
@@ -192,7 +215,7 @@ class SMPKernel(nn.Module):
 
     @torch.jit.unused
     def _render_once(self) -> torch.Tensor:
-        parameters = (self.coords, self.scaled_radius, self.weights)
+        parameters = (self.coords, self.base_radius, self.radius_offset, self.weights)
         if self._rendered is not None:
             kernel, *copies = self._rendered
             # by value: version counters miss changes through .data

@@ -87,7 +87,7 @@ class SMPConvBase(nn.Module):
             f'{name}.{parameter}'
             for name, module in self.named_modules()
             if isinstance(module, SMPKernel)
-            for parameter in ('coords', 'scaled_radius')
+            for parameter in ('coords', 'radius_offset')
         }
 
     @torch.jit.ignore

@@ -64,7 +64,7 @@ def build(
 
     def load(state_dict: Dict[str, Any], model: SMPConvBase) -> Dict[str, torch.Tensor]:
         state_dict = filter_fn(state_dict, model)
-        if model_args.get('inference_mode') and any(key.endswith('.scaled_radius') for key in state_dict):
+        if model_args.get('inference_mode') and any(key.endswith('.radius_offset') for key in state_dict):
             return _deploy(state_dict, model_cls(**{**model_args, 'inference_mode': False}))
         return state_dict
 

@@ -4,9 +4,6 @@ import re
 from typing import Any, Dict, Sequence, Tuple
 
 import torch
-from torch import nn
-
-from ..layers import SMPKernel
 
 __all__ = ['adapt_input_channels', 'convert_reference', 'unwrap_checkpoint']
 
@@ -31,14 +28,12 @@ def unwrap_checkpoint(checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
 
 def convert_reference(
     checkpoint: Dict[str, Any],
-    model: nn.Module,
     rules: Sequence[Tuple[str, str]],
 ) -> Dict[str, torch.Tensor]:
     """Converts a checkpoint in the reference layout; one in the layout of this package is only unwrapped.
 
     Args:
         checkpoint: State dict, possibly nested in a training checkpoint.
-        model: Network that will load the result.
         rules: Regular expressions and replacements, all applied in turn to each key of a reference checkpoint.
 
     Returns:
@@ -47,7 +42,6 @@ def convert_reference(
     state_dict = unwrap_checkpoint(checkpoint)
     if not any(key.endswith('.weight_coord') for key in state_dict):
         return state_dict
-    scales = {name: module.radius_lr_scale for name, module in model.named_modules() if isinstance(module, SMPKernel)}
     converted = {}
     for key, value in state_dict.items():
         if key.rsplit('.', 1)[-1] in _EMPTY_BUFFERS:
@@ -58,8 +52,9 @@ def convert_reference(
         if last == 'weight_coord':
             key = f'{module}.coords'
         elif last == 'radius':
-            key = f'{module}.scaled_radius'
-            value = value.double().flatten(1) / scales.get(module, 0.1)
+            value = value.flatten(1)
+            converted[f'{module}.radius_offset'] = torch.zeros_like(value)
+            key = f'{module}.base_radius'
         elif last == 'weights' and value.shape[0] == 1:  # depthwise: (1, C, N)
             value = value.transpose(0, 1)
         converted[key] = value

@@ -239,7 +239,7 @@ _REFERENCE_RULES = (
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: SMPConv) -> Dict[str, torch.Tensor]:
     """Accepts this package's layout and the reference layout, for any number of input channels."""
-    state_dict = convert_reference(state_dict, model, _REFERENCE_RULES)
+    state_dict = convert_reference(state_dict, _REFERENCE_RULES)
     return adapt_input_channels(state_dict, model.in_chans, ('stem.0.conv.weight',))
 
 

@@ -153,7 +153,7 @@ _FIRST_LAYER = ('stem.conv.large.kernel.weights', 'stem.conv.small.weight', 'ste
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: SMPConvCifar) -> Dict[str, torch.Tensor]:
     """Accepts this package's layout and the reference layout, for any number of input channels."""
-    state_dict = convert_reference(state_dict, model, _REFERENCE_RULES)
+    state_dict = convert_reference(state_dict, _REFERENCE_RULES)
     classifier = state_dict.get('head.fc.weight')
     if classifier is not None and classifier.ndim == 4:  # a 1x1 convolution in the reference
         state_dict['head.fc.weight'] = classifier.flatten(1)

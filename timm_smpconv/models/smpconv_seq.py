@@ -259,7 +259,7 @@ _FIRST_LAYER = tuple(
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: SMPConvSeq) -> Dict[str, torch.Tensor]:
     """Accepts this package's layout and the reference layout, for any number of input channels."""
-    state_dict = convert_reference(state_dict, model, _REFERENCE_RULES)
+    state_dict = convert_reference(state_dict, _REFERENCE_RULES)
     if 'stem.permute.permutation' in model.state_dict():  # not part of the reference checkpoint
         state_dict.setdefault('stem.permute.permutation', model.stem.permute.permutation)
     return adapt_input_channels(state_dict, model.in_chans, _FIRST_LAYER)

@@ -32,6 +32,10 @@ def _depthwise(
 ) -> torch.Tensor:
     # on a CPU, torch is some twenty times faster on channels_last maps than on contiguous ones
     x = x.contiguous(memory_format=torch.channels_last)
+    # in half precision it is slow (float16) or hangs (bfloat16, few channels; torch 2.15) except for whole vectors
+    if x.dtype in (torch.float16, torch.bfloat16) and (x.dtype == torch.float16 or x.shape[1] % 32):
+        y = F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), padding=left, groups=x.shape[1])
+        return y.to(x.dtype)
     return F.conv2d(x, weight, bias, padding=left, groups=x.shape[1])
 
 
@@ -54,7 +58,8 @@ class _Depthwise(torch.autograd.Function):
             grad_x = _depthwise(grad, weight.flip(2, 3), right)
         if ctx.needs_input_grad[1]:
             # the map of gradients is the kernel; one image at a time beats a convolution with batch * channels groups
-            grad_w = torch.zeros_like(weight)
-            for image, kernel in zip(x.split(1), grad.unbind()):
-                grad_w += _depthwise(image, kernel.unsqueeze(1), ctx.left).permute(1, 0, 2, 3)
+            total = torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+            for image, kernel in zip(x.to(total.dtype).split(1), grad.to(total.dtype).unbind()):
+                total += _depthwise(image, kernel.unsqueeze(1), ctx.left).permute(1, 0, 2, 3)
+            grad_w = total.to(weight.dtype)
         return grad_x, grad_w, None
