@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 import timm_smpconv
 from timm_smpconv import ops
-from timm_smpconv.layers import CausalConv1d, LargeConv2d, SMPConv1d, SMPConv2d
+from timm_smpconv.layers import CausalConv1d, LargeConv2d, RepSMPConv1d, RepSMPConv2d, SMPConv1d, SMPConv2d
+from timm_smpconv.models.smpconv import ConvFFN, LargeKernelBlock, SMPConvStage, Stem
 
 Run = Callable[[], object]
 
@@ -59,6 +60,13 @@ def make_plain(model: nn.Module) -> nn.Module:
         SMPConv1d: lambda m, x: plain_conv1d(x, m.kernel(), m.bias),
         LargeConv2d: lambda m, x: plain_conv2d(x, m.weight, m.bias, m.groups),
         CausalConv1d: lambda m, x: plain_conv1d(x, m.weight, m.bias),
+        # without what this package does in eval mode and on a CPU beyond the convolutions
+        RepSMPConv1d: lambda m, x: m.large_norm(m.large(x)) + m.small_norm(m.small(x)),
+        RepSMPConv2d: lambda m, x: m.large_norm(m.large(x)) + m.small_norm(m.small(x)),
+        LargeKernelBlock: lambda m, x: x + m.drop_path(m._branch(x)),
+        ConvFFN: lambda m, x: x + m.drop_path(m._branch(x)),
+        SMPConvStage: lambda m, x: m.blocks(m.downsample(x)),
+        Stem: lambda m, x: m._forward(x),
     }
     for module in model.modules():
         if type(module) in forwards:

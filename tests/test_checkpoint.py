@@ -309,4 +309,6 @@ def test_fixtures_match_the_models():
     for name in FIXTURE_NAMES:
         model = timm.create_model(name, device='meta')
         state = spec(name)['state']
-        assert len(state) == len(model.state_dict())
+        # learned offsets of the radii start at zero and are no part of a reference checkpoint
+        offsets = [key for key in model.state_dict() if key.endswith('.radius_offset')]
+        assert len(state) == len(model.state_dict()) - len(offsets)

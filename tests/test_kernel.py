@@ -451,4 +451,4 @@ def test_rendered_once_in_eval(causal):
             full = kernel()
             assert torch.equal(after, full[..., full.shape[-1] - after.shape[-1] :])
     assert kernel.for_convolution().requires_grad
-    assert copy.deepcopy(kernel)._rendered is None
+    assert copy.deepcopy(kernel)._rendered._entry is None

@@ -5,6 +5,7 @@ from .conv import (
     SMPConv2d as SMPConv2d,
 )
 from .kernel import SMPKernel as SMPKernel
+from .parts import by_parts as by_parts
 from .rep import (
     AffineNorm as AffineNorm,
     ConvNorm as ConvNorm,

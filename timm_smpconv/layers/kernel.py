@@ -6,6 +6,8 @@ from typing import List, Optional, Sequence, Tuple, Union
 import torch
 from torch import nn
 
+from .cache import ValueCache
+
 __all__ = ['SMPKernel']
 
 _SUPPORT_STEP = 32
@@ -109,7 +111,7 @@ class SMPKernel(nn.Module):
         self.min_radius, self.max_radius = float(radius_range[0]), float(radius_range[1])
         self.radius_lr_scale = radius_lr_scale
         self.learn_radius = learn_radius
-        self._rendered: Optional[Tuple[torch.Tensor, ...]] = None  # last kernel of eval mode and its parameters
+        self._rendered = ValueCache()  # kernel of eval mode
 
         groups = 1 if shared_points else out_chs
         self.coords = nn.Parameter(torch.empty(groups, num_points, ndim, **dd), requires_grad=learn_coords)
@@ -201,29 +203,16 @@ class SMPKernel(nn.Module):
         """
         if torch.jit.is_scripting():
             return self.forward()
-        if not self._can_read_values():
+        return self._for_convolution()
+
+    @torch.jit.unused
+    def _for_convolution(self) -> torch.Tensor:
+        tensors = (self.coords, self.base_radius, self.radius_offset, self.weights)
+        if not ValueCache.usable(tensors):
             return self.forward()
         if self.training or torch.is_grad_enabled():
             return self._render_support()
-        return self._render_once()
-
-    @torch.jit.unused
-    def _can_read_values(self) -> bool:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or self.weights.device.type != 'cpu':
-            return False
-        return type(self.weights.detach()) is torch.Tensor  # no fake or otherwise wrapped tensor
-
-    @torch.jit.unused
-    def _render_once(self) -> torch.Tensor:
-        parameters = (self.coords, self.base_radius, self.radius_offset, self.weights)
-        if self._rendered is not None:
-            kernel, *copies = self._rendered
-            # by value: version counters miss changes through .data
-            if all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(parameters, copies)):
-                return kernel
-        kernel = self._render_support()
-        self._rendered = (kernel, *(p.detach().clone() for p in parameters))
-        return kernel
+        return self._rendered.get(tensors, self._render_support)
 
     @torch.jit.unused
     def _render_support(self) -> torch.Tensor:
@@ -239,9 +228,6 @@ class SMPKernel(nn.Module):
         needed = min(max((1.0 - first) / 2.0 * (taps - 1), 0.0), taps) + 2.0
         needed = math.ceil(needed / _SUPPORT_STEP) * _SUPPORT_STEP
         return self._render_full_precision(self.kernel_size, skip=max(taps - needed, 0))
-
-    def __getstate__(self):
-        return {**self.__dict__, '_rendered': None}
 
     @torch.jit.unused
     def _render_full_precision(self, size: List[int], skip: int = 0) -> torch.Tensor:

@@ -8,6 +8,7 @@ from timm.layers import ConvNormAct
 from timm.models import register_notrace_module
 from torch import nn
 
+from .cache import ValueCache
 from .conv import CausalConv1d, LargeConv2d, SMPConv1d, SMPConv2d
 
 __all__ = ['AffineNorm', 'ConvNorm', 'RepSMPConv1d', 'RepSMPConv2d', 'fold_norm_into_next', 'fold_norm_into_previous']
@@ -90,7 +91,10 @@ class AffineNorm(nn.BatchNorm2d):
 
 
 class _RepSMPConv(nn.Module):
-    """norm(large(x)) + norm(small(x)): the two-branch block of section 3.4, one convolution once deployed."""
+    """norm(large(x)) + norm(small(x)): the two-branch block of section 3.4, one convolution once deployed.
+
+    In eval mode without gradients it already computes as one, folded anew when a parameter or statistic has changed.
+    """
 
     def __init__(
         self,
@@ -109,10 +113,16 @@ class _RepSMPConv(nn.Module):
         self.large_norm = norm_layer(out_chs, device=device, dtype=dtype)
         self.small = small
         self.small_norm = norm_layer(out_chs, device=device, dtype=dtype)
+        self._folded = ValueCache()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting() and not self.training and not torch.is_grad_enabled():
+            tensors = [*self.parameters(), *self.buffers()]
+            if ValueCache.usable(tensors):
+                return self._folded.get(tensors, self.fuse)(x)
         return self.large_norm(self.large(x)) + self.small_norm(self.small(x))
 
+    @torch.jit.unused
     def fuse(self) -> nn.Module:
         """The equivalent plain convolution with a bias: points rendered, norms and small branch folded in."""
         _check_eval(self)
@@ -140,6 +150,7 @@ def _add_small(large: torch.Tensor, small: torch.Tensor, causal: bool) -> torch.
     return padded[0] + padded[1]
 
 
+@register_notrace_module
 class RepSMPConv2d(_RepSMPConv):
     """BN(large SMPConv2d) + BN(small convolution), dense or depthwise."""
 
@@ -176,6 +187,7 @@ class RepSMPConv2d(_RepSMPConv):
         )
 
 
+@register_notrace_module
 class RepSMPConv1d(_RepSMPConv):
     """BN(large SMPConv1d) + BN(small causal convolution)."""
 

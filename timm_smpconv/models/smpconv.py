@@ -8,7 +8,8 @@ from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, tru
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
 
-from ..layers import AffineNorm, ConvNorm, RepSMPConv2d, fold_norm_into_next
+from ..layers import AffineNorm, ConvNorm, RepSMPConv2d, by_parts, fold_norm_into_next
+from ..ops import to_fast_format
 from ._base import SMPConvBase
 from ._builder import build, cfg
 from ._checkpoint import adapt_input_channels, convert_reference
@@ -32,6 +33,7 @@ class _PreNormBlock(nn.Module):
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
+        self.hidden_dim = hidden_dim
         self.norm = nn.BatchNorm2d(dim, **dd)
         self.pw1 = ConvNorm(dim, hidden_dim, 1, apply_act=pw1_act, **dd)
         self.mix = mix
@@ -46,8 +48,17 @@ class _PreNormBlock(nn.Module):
             fold_norm_into_next(self.norm, self.pw1.conv)
             self.norm = nn.Identity()
 
+    def _branch(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pw2(self.act(self.mix(self.pw1(self.norm(x)))))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.drop_path(self.pw2(self.act(self.mix(self.pw1(self.norm(x))))))
+        if torch.jit.is_scripting() or self.training:
+            return x + self.drop_path(self._branch(x))
+        return x + self._by_parts(x)
+
+    @torch.jit.unused
+    def _by_parts(self, x: torch.Tensor) -> torch.Tensor:
+        return by_parts(self._branch, x, self.hidden_dim * x.shape[2] * x.shape[3])
 
 
 class LargeKernelBlock(_PreNormBlock):
@@ -77,6 +88,40 @@ class ConvFFN(_PreNormBlock):
             drop_path: Rate at which the residual branch is dropped in training.
         """
         super().__init__(dim, hidden_dim, False, nn.Identity(), nn.GELU(), drop_path, device=device, dtype=dtype)
+
+
+class Stem(nn.Sequential):
+    """Four convolutions that reduce the resolution by four."""
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        """
+        Args:
+            in_chans: Input channels.
+            dim: Output channels.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(
+            ConvNorm(in_chans, dim, 3, stride=2, **dd),
+            ConvNorm(dim, dim, 3, groups=dim, **dd),
+            ConvNorm(dim, dim, 1, **dd),
+            ConvNorm(dim, dim, 3, stride=2, groups=dim, **dd),
+        )
+        self.dim = dim
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = to_fast_format(x)
+        if torch.jit.is_scripting() or self.training:
+            return self._forward(x)
+        return self._by_parts(x)
+
+    @torch.jit.unused
+    def _by_parts(self, x: torch.Tensor) -> torch.Tensor:
+        return by_parts(self._forward, x, self.dim * x.shape[2] * x.shape[3] // 4)
 
 
 class SMPConvStage(nn.Module):
@@ -124,7 +169,7 @@ class SMPConvStage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.downsample(x)
+        x = self.downsample(to_fast_format(x))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
@@ -184,13 +229,7 @@ class SMPConv(SMPConvBase):
             num_points = [num_points] * len(depths)
         elif len(num_points) != len(depths):
             raise ValueError(f'num_points must be a number or one per stage ({len(depths)}), got {tuple(num_points)}.')
-        width = dims[0]
-        self.stem = nn.Sequential(
-            ConvNorm(in_chans, width, 3, stride=2, **dd),
-            ConvNorm(width, width, 3, groups=width, **dd),
-            ConvNorm(width, width, 1, **dd),
-            ConvNorm(width, width, 3, stride=2, groups=width, **dd),
-        )
+        self.stem = Stem(in_chans, dims[0], **dd)
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i in range(len(depths)):

@@ -4,5 +4,6 @@ from .functional import (
     choose_backend as choose_backend,
     conv2d as conv2d,
     depthwise_conv2d as depthwise_conv2d,
+    to_fast_format as to_fast_format,
     use_backend as use_backend,
 )

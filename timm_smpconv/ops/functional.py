@@ -13,7 +13,15 @@ from timm.models import register_notrace_function
 
 from . import direct, fft, reference
 
-__all__ = ['available_backends', 'causal_conv1d', 'choose_backend', 'conv2d', 'depthwise_conv2d', 'use_backend']
+__all__ = [
+    'available_backends',
+    'causal_conv1d',
+    'choose_backend',
+    'conv2d',
+    'depthwise_conv2d',
+    'to_fast_format',
+    'use_backend',
+]
 
 _BACKENDS: Dict[str, Callable[..., torch.Tensor]] = {
     'reference': reference.correlate,
@@ -87,6 +95,7 @@ def choose_backend(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
     return 'fft' if frequency < direct else 'direct'
 
 
+@register_notrace_function  # looks at shapes, which symbolic tracing cannot follow
 def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
     """Depthwise convolution with zero padding k // 2.
 
@@ -108,6 +117,7 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch
     return F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2], groups=weight.shape[0])
 
 
+@register_notrace_function  # looks at shapes, which symbolic tracing cannot follow
 def conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
     """Dense convolution with zero padding k // 2.
 
@@ -129,6 +139,7 @@ def conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] =
     return F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2])
 
 
+@register_notrace_function  # looks at shapes, which symbolic tracing cannot follow
 def causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
     """Dense causal convolution: output t sees inputs <= t, the last tap multiplies the present sample.
 
@@ -151,9 +162,13 @@ def causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Te
     return F.conv1d(F.pad(x, [weight.shape[2] - 1, 0]), weight, bias)
 
 
-# the chooser looks at shapes, which symbolic tracing cannot follow
-for _function in (depthwise_conv2d, conv2d, causal_conv1d):
-    register_notrace_function(_function)
+@register_notrace_function  # looks at shapes, which symbolic tracing cannot follow
+def to_fast_format(x: torch.Tensor) -> torch.Tensor:
+    """Feature map in the memory format in which networks of these convolutions are fast: channels_last on a CPU."""
+    if not torch.jit.is_scripting():
+        if x.ndim == 4 and x.device.type == 'cpu' and not _is_exporting():
+            return x.contiguous(memory_format=torch.channels_last)
+    return x
 
 
 def _is_exporting() -> bool:

@@ -1,0 +1,30 @@
+"""Inference on a batch in parts."""
+
+from typing import Callable
+
+import torch
+
+__all__ = ['by_parts']
+
+# Allocations of tens of MiB come fresh from the system at each call and are cleared page by page, which can take as
+# long as the convolution that fills them; maps of this size are reused and stay in the cache.
+_MAX_BYTES = 10 * 2**20
+
+
+def by_parts(fn: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, numel: int) -> torch.Tensor:
+    """Applies a function to a batch, on a CPU without gradients in parts that keep its largest map small.
+
+    Args:
+        fn: Function that treats the samples of a batch alike and apart from each other.
+        x: Batch, (B, ...).
+        numel: Elements of the largest map of one sample.
+
+    Returns:
+        fn(x).
+    """
+    if isinstance(x, torch.Tensor) and x.device.type == 'cpu' and not torch.is_grad_enabled():
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            size = max(_MAX_BYTES // (max(numel, 1) * x.element_size()), 1)
+            if size < x.shape[0]:
+                return torch.cat([fn(part) for part in x.split(size)])
+    return fn(x)
