@@ -301,6 +301,44 @@ class TestUseBackend:
         assert ops.choose_backend(x, weight, (taps // 2, taps // 2), depthwise) in BACKENDS
 
 
+# docs/backends.md: channels in, out (0: depthwise), map, taps, then the choice for inference and training at batch 8
+# (and larger), then at batch 1
+RULE = [
+    (96, 0, (56, 56), (31, 31), 'fft', 'fft', 'fft', 'fft'),
+    (64, 0, (56, 56), (51, 51), 'fft', 'fft', 'fft', 'fft'),
+    (192, 0, (28, 28), (29, 29), 'direct', 'fft', 'direct', 'direct'),
+    (384, 0, (14, 14), (27, 27), 'direct', 'direct', 'direct', 'direct'),
+    (768, 0, (7, 7), (13, 13), 'direct', 'direct', 'direct', 'direct'),
+    (96, 0, (56, 56), (5, 5), 'direct', 'direct', 'direct', 'direct'),
+    (24, 24, (32, 32), (33, 33), 'fft', 'fft', 'fft', 'fft'),
+    (48, 48, (32, 32), (33, 33), 'fft', 'fft', 'fft', 'fft'),
+    (24, 24, (32, 32), (3, 3), 'direct', 'direct', 'direct', 'direct'),
+    (30, 30, (784,), (784,), 'fft', 'fft', 'fft', 'fft'),
+    (30, 30, (1024,), (1024,), 'fft', 'fft', 'fft', 'fft'),
+    (30, 30, (16000,), (16000,), 'fft', 'fft', 'fft', 'fft'),
+    (30, 30, (161,), (161,), 'fft', 'fft', 'direct', 'direct'),
+    (30, 30, (182,), (182,), 'fft', 'fft', 'direct', 'direct'),
+    (30, 30, (784,), (5,), 'direct', 'direct', 'direct', 'direct'),
+]
+
+
+@pytest.mark.parametrize('in_chs, out_chs, size, taps, infer, train, infer_one, train_one', RULE)
+def test_documented_rule(in_chs, out_chs, size, taps, infer, train, infer_one, train_one):
+    left = tuple(k // 2 for k in taps) if len(taps) == 2 else (taps[0] - 1,)
+    weight = torch.empty(out_chs or in_chs, in_chs if out_chs else 1, *taps, device='meta')
+    for batch, expected in ((8, (infer, train)), (64, (infer, train)), (1, (infer_one, train_one))):
+        for grad, name in zip((False, True), expected):
+            x = torch.empty(batch, in_chs, *size, device='meta', requires_grad=grad)
+            assert ops.choose_backend(x, weight, left, not out_chs) == name
+
+
+@given(n=st.integers(1, 12), k=st.integers(1, 30), data=st.data())
+def test_count_of_taps_on_the_map(n, k, data):
+    left = data.draw(st.integers(0, k - 1))
+    expected = sum(0 <= t + j - left < n for t in range(n) for j in range(k))
+    assert ops.functional._taps_on_map(n, k, left) == expected
+
+
 @pytest.mark.parametrize(
     'op, x, weight, bias, words',
     [

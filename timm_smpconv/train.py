@@ -52,7 +52,7 @@ class Recipe:
     """
 
     model: str = 'smpconv_seq_mnist'
-    epochs: int = 10
+    epochs: int = 6
     batch_size: int = 64
     opt: str = 'adam'
     lr: float = 1e-3

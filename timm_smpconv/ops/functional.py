@@ -79,11 +79,7 @@ def choose_backend(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
     batch, out_chs, in_chs = x.shape[0], weight.shape[0], weight.shape[1]
     direct = points = 1
     for n, k, p in zip(x.shape[2:], weight.shape[2:], left):
-        # taps that fall on the map, summed over all outputs: all of them, less a triangle at each end
-        lost_left, lost_right = min(p, n), min(k - 1 - p, n)
-        direct *= (
-            n * k - lost_left * (2 * p + 1 - lost_left) // 2 - lost_right * (2 * (k - 1 - p) + 1 - lost_right) // 2
-        )
+        direct *= _taps_on_map(n, k, p)
         points *= fft.fast_len(n + max(p, k - 1 - p))
     maps = 2 * out_chs if depthwise else x.shape[1] + out_chs
     products = out_chs * in_chs * (2 if not depthwise else 0)
@@ -93,6 +89,15 @@ def choose_backend(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
         direct *= 1 + _BACKWARD['direct']
         frequency *= 1 + _BACKWARD['fft']
     return 'fft' if frequency < direct else 'direct'
+
+
+def _taps_on_map(n: int, k: int, left: int) -> int:
+    """Taps that fall on a map of n entries, summed over its n outputs: all of them, less a triangle at each end."""
+    taps = n * k
+    for off in (left, k - 1 - left):
+        rows = min(off, n)
+        taps -= rows * (2 * off + 1 - rows) // 2
+    return taps
 
 
 @register_notrace_function  # looks at shapes, which symbolic tracing cannot follow
