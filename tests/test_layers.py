@@ -150,3 +150,33 @@ def test_drop_in_for_torch():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_eval_folds_and_follows_every_change():
+    """In eval mode without gradients a block computes as its deployed form does, for its current values."""
+    block = RepSMPConv2d(4, 4, 7, groups=4, num_points=5)
+    x = torch.randn(2, 4, 9, 9)
+    block.train()(x)  # moves the running statistics
+    block.eval()
+
+    def branches():
+        return block.large_norm(block.large(x)) + block.small_norm(block.small(x))
+
+    with torch.no_grad():
+        for change in (
+            lambda: None,
+            lambda: block.large.kernel.coords.data.add_(0.1),
+            lambda: block.small.weight.mul_(2),
+            lambda: block.large_norm.running_mean.add_(0.5),
+            lambda: block.small_norm.running_var.data.mul_(3),
+        ):
+            change()
+            torch.testing.assert_close(block(x), branches(), rtol=1e-5, atol=1e-5)
+        seen = []
+        handle = block.small.register_forward_hook(lambda *_: seen.append(1))
+        block(x)
+        assert seen == [1]  # who watches a branch sees it run
+        handle.remove()
+        block(x)
+        assert seen == [1]
+    assert block(x).requires_grad
