@@ -330,6 +330,10 @@ def test_documented_rule(in_chs, out_chs, size, taps, infer, train, infer_one, t
         for grad, name in zip((False, True), expected):
             x = torch.empty(batch, in_chs, *size, device='meta', requires_grad=grad)
             assert ops.choose_backend(x, weight, left, not out_chs) == name
+            if not out_chs and taps in ((31, 31), (51, 51)) and batch > 1:
+                last = x.detach().to(memory_format=torch.channels_last).requires_grad_(grad)
+                reordered = 'direct' if taps == (31, 31) and not grad else 'fft'
+                assert ops.choose_backend(last, weight, left, True) == reordered
 
 
 @given(n=st.integers(1, 12), k=st.integers(1, 30), data=st.data())

@@ -74,7 +74,7 @@ class LargeKernelBlock(_PreNormBlock):
         """
         dd = {'device': device, 'dtype': dtype}
         mix = RepSMPConv2d(dim, dim, kernel_size, groups=dim, **conv_args, **dd)
-        super().__init__(dim, dim, True, mix, nn.ReLU(), drop_path, **dd)
+        super().__init__(dim, dim, True, mix, nn.ReLU(inplace=True), drop_path, **dd)
 
 
 class ConvFFN(_PreNormBlock):

@@ -39,7 +39,10 @@ def correlate(
         y = _correlate(*args)[0]
     if bias is not None:
         y = y + bias.to(compute).reshape(1, -1, *[1] * (y.ndim - 2))
-    return y.to(x.dtype)
+    y = y.to(x.dtype)
+    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        y = y.contiguous(memory_format=torch.channels_last)  # as the layers around it expect
+    return y
 
 
 def fast_len(n: int) -> int:
