@@ -9,6 +9,8 @@ from typing import List, Optional, Tuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from . import direct
+
 __all__ = ['correlate', 'fast_len']
 
 
@@ -31,6 +33,8 @@ def correlate(
     Returns:
         Output, (B, O, *spatial), in the dtype of x.
     """
+    if x.shape[0] == 0:  # nothing to transform, which the oldest supported torch refuses
+        return direct.correlate(x, weight, bias, left, depthwise)
     compute = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     args = x.to(compute), weight.to(compute), left, depthwise
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
