@@ -44,7 +44,10 @@ WEIGHTS: Dict[str, Weights] = {
     'smpconv_mobile51.in1k': Weights('ImageNet-1k', 73.7),
     'smpconv_cifar.c10': Weights('CIFAR-10', 93.00, authors_file='1aKwORBf-lplfdwB8WEcBRRAL7IA4ejth'),
     'smpconv_seq_mnist.smnist': Weights(
-        'MNIST, pixel by pixel', 99.75, authors_file='164qRzZs1kvuoOr34FLukGIQAI7PAYWUf'
+        'MNIST, pixel by pixel',
+        99.75,
+        bundled='smpconv_seq_mnist.smnist.safetensors',
+        authors_file='164qRzZs1kvuoOr34FLukGIQAI7PAYWUf',
     ),
     'smpconv_seq_pmnist.pmnist': Weights(
         'MNIST, permuted pixels', 99.10, authors_file='1no63cSqPgSJIkW8-iSvrAA1pFlurOKsh'
