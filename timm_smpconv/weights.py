@@ -47,6 +47,7 @@ WEIGHTS: Dict[str, Weights] = {
         'MNIST, pixel by pixel',
         99.75,
         bundled='smpconv_seq_mnist.smnist.safetensors',
+        accuracy=99.50,
         authors_file='164qRzZs1kvuoOr34FLukGIQAI7PAYWUf',
     ),
     'smpconv_seq_pmnist.pmnist': Weights(
