@@ -207,7 +207,9 @@ def train(recipe: Recipe, data_dir: Union[str, Path], output: Union[str, Path], 
     fields = dataclasses.asdict(recipe)
     if recipe_path.exists() and json.loads(recipe_path.read_text()) != fields:
         raise ValueError(f'{output} holds a run of another recipe ({recipe_path}): choose another output folder.')
-    recipe_path.write_text(json.dumps(fields, indent=2) + '\n')
+    if not recipe_path.exists():
+        recipe_path.with_suffix('.part').write_text(json.dumps(fields, indent=2) + '\n')
+        os.replace(recipe_path.with_suffix('.part'), recipe_path)
 
     torch.manual_seed(recipe.seed)
     model = timm.create_model(recipe.model, drop_rate=recipe.drop, input_drop_rate=recipe.input_drop_rate)
