@@ -112,7 +112,7 @@ def describe_models() -> List[ModelInfo]:
                     accuracy=weights.accuracy,
                     paper_accuracy=weights.paper_accuracy,
                     source=weights.source,
-                    url=weights.authors_file and f'https://drive.google.com/file/d/{weights.authors_file}',
+                    url=weights.authors_url,
                     license=weights.license,
                 )
             )

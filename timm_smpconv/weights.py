@@ -1,12 +1,23 @@
-"""The table of weights: what exists for each model, where it comes from and how good it is."""
+"""The table of weights: what exists for each model, where it comes from, how good it is and how to recognise it.
 
+README.md, MODEL_CARD.md, the cards under hub/ and `timm-smpconv list` are made from it.
+"""
+
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Optional
+from typing import Dict, Optional, Tuple
 
-__all__ = ['WEIGHTS', 'Weights', 'bundled_path']
+import torch
+
+__all__ = ['WEIGHTS', 'Weights', 'WeightsError', 'bundled_path', 'fixed_input', 'hub_repo']
 
 _FOLDER = Path(__file__).resolve().parent / 'pretrained'
+
+
+class WeightsError(RuntimeError):
+    """Weights cannot be had, or are not what they should be: the message names model, source, cause and remedy."""
 
 
 @dataclass(frozen=True)
@@ -16,18 +27,31 @@ class Weights:
     Attributes:
         trained_on: Data that the weights were or would be trained on.
         paper_accuracy: Top-1 test accuracy that the paper reports, in percent.
-        bundled: File name of weights that come with this package.
-        accuracy: Top-1 test accuracy of the bundled weights, in percent, measured by `timm-smpconv validate`.
         license: Licence of the weights.
+        bundled: File name of weights that come with this package, trained by this project.
         authors_file: Google Drive id of the checkpoint published by the authors (MIT licence).
+        size: Bytes of the file of weights (model.safetensors), where known.
+        sha256: Its hash, where known. Neither is known for the authors' weights before they have been fetched.
+        correct: Test inputs that the bundled weights classify right, measured by `timm-smpconv validate`.
+        tested: Test inputs of that measurement.
+        logits: Output of the bundled weights for `fixed_input`.
     """
 
     trained_on: str
     paper_accuracy: float
-    bundled: Optional[str] = None
-    accuracy: Optional[float] = None
     license: str = 'mit'
+    bundled: Optional[str] = None
     authors_file: Optional[str] = None
+    size: Optional[int] = None
+    sha256: Optional[str] = None
+    correct: Optional[int] = None
+    tested: Optional[int] = None
+    logits: Optional[Tuple[float, ...]] = None
+
+    @property
+    def accuracy(self) -> Optional[float]:
+        """Top-1 test accuracy of the bundled weights, measured by this project, in percent."""
+        return None if self.correct is None or not self.tested else 100 * self.correct / self.tested
 
     @property
     def source(self) -> str:
@@ -35,6 +59,11 @@ class Weights:
         if self.bundled:
             return 'bundled'
         return 'published by the authors' if self.authors_file else 'none published'
+
+    @property
+    def authors_url(self) -> Optional[str]:
+        """Page of the checkpoint published by the authors, for a browser."""
+        return self.authors_file and f'https://drive.google.com/file/d/{self.authors_file}/view'
 
 
 WEIGHTS: Dict[str, Weights] = {
@@ -47,8 +76,12 @@ WEIGHTS: Dict[str, Weights] = {
         'MNIST, pixel by pixel',
         99.75,
         bundled='smpconv_seq_mnist.smnist.safetensors',
-        accuracy=99.50,
         authors_file='164qRzZs1kvuoOr34FLukGIQAI7PAYWUf',
+        size=1551248,
+        sha256='c299956818097f8b9483a19ee6de717b8eabe8bb12ae39f0ecf78c267142be30',
+        correct=9950,
+        tested=10000,
+        logits=(-3.1343, -3.2333, -0.446, 0.3056, -4.6989, 0.3376, -5.7499, 0.479, -1.8645, -1.522),
     ),
     'smpconv_seq_pmnist.pmnist': Weights(
         'MNIST, permuted pixels', 99.10, authors_file='1no63cSqPgSJIkW8-iSvrAA1pFlurOKsh'
@@ -70,3 +103,24 @@ def bundled_path(name: str) -> Optional[Path]:
     """File of the weights `model.tag` if they come with this package."""
     bundled = WEIGHTS[name].bundled
     return _FOLDER / bundled if bundled else None
+
+
+def hub_repo(name: str) -> str:
+    """Repository of the weights `model.tag` on the Hugging Face Hub.
+
+    The organisation is `timm-smpconv`, or that of the environment variable `TIMM_SMPCONV_HUB_ORG`.
+    """
+    return f'{os.environ.get("TIMM_SMPCONV_HUB_ORG") or "timm-smpconv"}/{name}'
+
+
+def fixed_input(input_size: Tuple[int, ...]) -> torch.Tensor:
+    """The input for which the table lists logits: a wave, the same on every machine.
+
+    Args:
+        input_size: Channels, height, width.
+
+    Returns:
+        Network input of one sample, (1, channels, height, width), within [-1, 1].
+    """
+    steps = torch.arange(math.prod(input_size), dtype=torch.float64)
+    return (0.37 * steps + 1e-4 * steps.remainder(1009) ** 2).sin().float().reshape(1, *input_size)

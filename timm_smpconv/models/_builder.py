@@ -1,6 +1,7 @@
 """Construction of models and their pretrained configurations from the table of weights."""
 
-from typing import Any, Callable, Dict, Type
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Type
 
 import torch
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
@@ -49,13 +50,17 @@ def build(
         **kwargs: Arguments of timm's builder and of the network.
 
     Raises:
-        RuntimeError: There are no weights to load.
+        WeightsError: There are no weights to load.
     """
     resolved = resolve_pretrained_cfg(
         variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None)
     ).to_dict()
-    if pretrained and not any(resolved.get(k) for k in ('url', 'file', 'state_dict', 'hf_hub_id')):
-        raise RuntimeError(_no_weights(f'{variant}.{resolved.get("tag") or ""}'.rstrip('.')))
+    weights: Optional[Path] = None
+    if pretrained:
+        from ..fetch import locate  # which builds models to convert what it downloads
+
+        weights = locate(f'{variant}.{resolved.get("tag") or ""}'.rstrip('.'), resolved, kwargs.get('cache_dir'))
+    loading = {**resolved, 'source': '', 'file': str(weights)} if weights else resolved
     model_args: Dict[str, Any] = {}
 
     def construct(**args: Any) -> SMPConvBase:
@@ -73,13 +78,13 @@ def build(
         variant,
         pretrained,
         # the filter function adapts first layers: timm knows how to for Conv2d weights of three channels only
-        pretrained_cfg={**resolved, 'first_conv': None},
+        pretrained_cfg={**loading, 'first_conv': None},
         pretrained_filter_fn=load,
         feature_cfg=dict(out_indices=tuple(range(num_stages)), flatten_sequential=True),
         kwargs_filter=('img_size',),  # passed by timm for a fixed input size; networks take kernel_size
         **kwargs,
     )
-    model.pretrained_cfg['first_conv'] = resolved['first_conv']
+    model.pretrained_cfg.update({key: resolved.get(key) for key in ('first_conv', 'source', 'file')})
     return model
 
 
@@ -89,14 +94,3 @@ def _deploy(state_dict: Dict[str, torch.Tensor], model: SMPConvBase) -> Dict[str
     # a classifier for other classes is dropped by timm once the filter function has returned
     model.load_state_dict({k: v if v.shape == own[k].shape else own[k] for k, v in state_dict.items()})
     return model.eval().reparameterize().state_dict()
-
-
-def _no_weights(name: str) -> str:
-    weights = WEIGHTS.get(name)
-    if weights is None or weights.authors_file is None:
-        return f'No pretrained weights exist for {name}. Train it, or use pretrained=False for random weights.'
-    return (
-        f"No weights of {name} come with this package. Download the authors' checkpoint (Google Drive file "
-        f'{weights.authors_file}) and pass pretrained_cfg_overlay=dict(file=PATH), or use pretrained=False for random '
-        f'weights.'
-    )

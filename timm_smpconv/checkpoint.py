@@ -1,0 +1,170 @@
+"""Checkpoint files of unknown origin: read without running code, and checked against a network before use."""
+
+import argparse
+import importlib
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from .models._checkpoint import unwrap_checkpoint
+from .weights import WeightsError
+
+__all__ = ['CheckpointError', 'differences', 'fit_checkpoint', 'read_checkpoint']
+
+_MAX_LISTED = 12  # differences that a message names
+
+
+class CheckpointError(WeightsError):
+    """A file is no checkpoint, or one of another network."""
+
+
+def read_checkpoint(path: Path) -> Dict[str, Any]:
+    """Reads a checkpoint: safetensors, or what torch.save writes; no code in it is run.
+
+    Besides tensors and plain Python values a pickle may hold an argparse.Namespace, as training scripts store it.
+
+    Args:
+        path: File of any name; its contents decide.
+
+    Returns:
+        What was saved: a state dict, or a dictionary with state dicts in it.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, no checkpoint, or would run code.
+    """
+    try:
+        with path.open('rb') as f:
+            head = f.read(9)
+    except OSError as e:
+        raise CheckpointError(f'Cannot read {path}: {e.strerror or e}. Expected a checkpoint file.') from e
+    # a safetensors file starts with the length of its header, 8 bytes, and the brace that opens it
+    if head[8:] == b'{' and not head.startswith(b'PK'):
+        try:
+            return dict(load_file(path))
+        except (SafetensorError, ValueError, OSError, RuntimeError) as e:
+            raise CheckpointError(f'{path} is a damaged safetensors file ({_short(e)}): fetch it again.') from e
+    _check_archive(path, head)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as e:
+        reason = str(e)
+        if 'Unsupported' in reason or 'GLOBAL' in reason or 'weights_only' in reason.lower():
+            raise CheckpointError(
+                f'{path} holds more than tensors and plain values, or is damaged: it is not unpickled, because that '
+                f'could run code ({_short(e)}). Expected safetensors, or a state dict saved by torch.save.'
+            ) from e
+        raise CheckpointError(f'{path} is no checkpoint ({_short(e)}): expected safetensors or torch.save.') from e
+    except Exception as e:  # the parsers of torch fail in any way on damaged files
+        raise CheckpointError(
+            f'{path} is damaged, or no checkpoint ({type(e).__name__}: {_short(e)}): expected safetensors or what '
+            f'torch.save writes.'
+        ) from e
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(
+            f'{path} holds a {type(checkpoint).__name__}: expected a state dict, or a dictionary with one.'
+        )
+    return checkpoint
+
+
+def fit_checkpoint(checkpoint: Dict[str, Any], model: nn.Module, what: str) -> Dict[str, torch.Tensor]:
+    """Brings a checkpoint into the layout of a network, all of it and exactly.
+
+    Args:
+        checkpoint: In the reference layout or in that of this package, possibly nested in a training checkpoint, of
+            which the average of the weights (EMA) is taken.
+        model: Registered network of this package, in the form (training or deployed) of the checkpoint.
+        what: Name of the checkpoint for messages.
+
+    Returns:
+        State dict with the keys, shapes and dtypes of the model's own.
+
+    Raises:
+        CheckpointError: It is of another network; the message lists the differences.
+    """
+    state_dict = _state_dict(checkpoint, what)
+    family = importlib.import_module(type(model).__module__)
+    try:
+        state_dict = family.checkpoint_filter_fn(state_dict, model)
+    except (RuntimeError, ValueError, IndexError, KeyError) as e:
+        raise CheckpointError(f'{what} does not fit {_name(model)}: {_short(e)}') from e
+    found = differences(state_dict, model)
+    if found:
+        listed = ''.join(f'\n  {line}' for line in found[:_MAX_LISTED])
+        more = f'\n  and {len(found) - _MAX_LISTED} more' if len(found) > _MAX_LISTED else ''
+        raise CheckpointError(
+            f'{what} does not fit {_name(model)}, {len(found)} difference(s):{listed}{more}\n'
+            f'Expected a checkpoint of this network: choose another model, or give its num_classes and arguments.'
+        )
+    own = model.state_dict()
+    return {key: state_dict[key].to(own[key].dtype).contiguous() for key in own}
+
+
+def differences(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> List[str]:
+    """What distinguishes a state dict from that of a network: keys, shapes, kinds of numbers, values not finite."""
+    own = model.state_dict()
+    found = [f'missing: {key} {tuple(own[key].shape)}' for key in own if key not in state_dict]
+    found += [f'unknown: {key} {tuple(state_dict[key].shape)}' for key in state_dict if key not in own]
+    for key, value in state_dict.items():
+        if key not in own:
+            continue
+        wanted = own[key]
+        if value.shape != wanted.shape:
+            found.append(f'shape of {key}: {tuple(value.shape)}, expected {tuple(wanted.shape)}')
+        elif value.is_floating_point() != wanted.is_floating_point() or value.is_complex():
+            found.append(f'kind of {key}: {value.dtype}, expected {wanted.dtype}')
+        elif value.is_floating_point() and not torch.isfinite(value).all():
+            found.append(f'values of {key}: not finite')
+        elif key.endswith('running_var') and (value < 0).any():
+            found.append(f'values of {key}: a negative variance')
+    return found
+
+
+def _check_archive(path: Path, head: bytes) -> None:
+    """Refuses archives that unpack to more than they are: torch.save compresses nothing."""
+    if not head.startswith(b'PK'):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(info.file_size for info in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, EOFError) as e:
+        raise CheckpointError(f'{path} is a damaged or incomplete checkpoint ({_short(e)}): fetch it again.') from e
+    if unpacked > path.stat().st_size:
+        raise CheckpointError(f'{path} is compressed, which torch.save does not do: refused, unpack it yourself.')
+
+
+def _state_dict(checkpoint: Dict[str, Any], what: str) -> Dict[str, torch.Tensor]:
+    try:
+        state_dict = unwrap_checkpoint(checkpoint)
+    except RecursionError as e:
+        raise CheckpointError(f'{what} holds itself: expected a state dict.') from e
+    except AttributeError as e:
+        raise CheckpointError(f'{what} has keys that are no text: expected a state dict.') from e
+    for key, value in state_dict.items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f'{what} has a {type(value).__name__} at {key!r}, expected tensors alone.')
+        problem: Optional[str] = None
+        if value.layout != torch.strided or value.is_quantized or value.device.type != 'cpu':
+            problem = f'a tensor of layout {value.layout} on {value.device}, expected a dense one'
+        elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            problem = f'a tensor of shape {tuple(value.shape)} that is larger than its data'
+        if problem:
+            raise CheckpointError(f'{what} has at {key!r} {problem}.')
+    if not state_dict:
+        raise CheckpointError(f'{what} is empty: expected a state dict.')
+    return state_dict
+
+
+def _name(model: nn.Module) -> str:
+    return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+
+
+def _short(error: Exception) -> str:
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + '...'

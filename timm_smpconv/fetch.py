@@ -1,0 +1,557 @@
+"""Where `pretrained=True` finds its weights: with the package, in the local store, on the Hub, or with the authors.
+
+The sources are asked in this order; each is left at once if it cannot be reached. What is returned has been checked:
+its hash where one is known, and in any case that it can be read.
+"""
+
+import html.parser
+import http.client
+import json
+import logging
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+
+import timm
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.utils import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from . import store
+from .checkpoint import CheckpointError, fit_checkpoint, read_checkpoint
+from .weights import WEIGHTS, WeightsError, bundled_path, hub_repo
+
+__all__ = ['WEIGHTS_FILE', 'download', 'from_hub', 'hub_file', 'locate']
+
+_logger = logging.getLogger(__name__)
+
+WEIGHTS_FILE = 'model.safetensors'
+_PICKLED_FILE = 'pytorch_model.bin'
+_TIMEOUT = 5.0  # seconds for a server to answer
+_TRIES = 4  # connections that one download may take
+_PAUSE = 0.5  # seconds before a broken connection is taken up again
+_MAX_SIZE = 4 << 30  # bytes that any checkpoint may have
+_BLOCK = 1 << 18
+
+
+class _Unavailable(Exception):
+    """A source has no usable weights; the message is the cause."""
+
+
+def locate(name: str, cfg: Dict[str, Any], cache_dir: Optional[Union[str, Path]] = None) -> Optional[Path]:
+    """Finds the weights that a pretrained configuration asks for.
+
+    Args:
+        name: `model.tag`.
+        cfg: Resolved pretrained configuration. A `state_dict`, `url` or `file` of the caller is left to timm.
+        cache_dir: Cache of the Hub in place of the usual one.
+
+    Returns:
+        File of weights to load, checked; None if the configuration names a source that timm loads itself.
+
+    Raises:
+        WeightsError: There are no weights; names the model, all sources, their causes and the remedy.
+    """
+    source, file = cfg.get('source') or '', cfg.get('file')
+    if source == 'local-dir':
+        return _from_folder(name, Path(file))
+    if source == 'hf-hub' or (cfg.get('hf_hub_id') and not file and not cfg.get('state_dict')):
+        return from_hub(cfg['hf_hub_id'], cfg.get('hf_hub_filename'), cache_dir=cache_dir, what=name)
+    if cfg.get('state_dict') or cfg.get('url') or (file and Path(file) != _bundled(name)):
+        return None
+    return _from_chain(name, cache_dir)
+
+
+def from_hub(
+    hub_id: str,
+    filename: Optional[str] = None,
+    sha256: Optional[str] = None,
+    cache_dir: Optional[Union[str, Path]] = None,
+    what: Optional[str] = None,
+) -> Path:
+    """Weights in a repository of the Hugging Face Hub.
+
+    Args:
+        hub_id: `ORG/NAME`, or `ORG/NAME@REVISION`.
+        filename: File in the repository; None for model.safetensors, else pytorch_model.bin.
+        sha256: Hash that the file must have; None for that which the Hub announces.
+        cache_dir: Cache of the Hub in place of the usual one.
+        what: Name of the weights for messages.
+
+    Returns:
+        File in the cache of the Hub.
+
+    Raises:
+        WeightsError: It cannot be had, or is damaged.
+    """
+    try:
+        return _from_hub(hub_id, filename, sha256, cache_dir)
+    except _Unavailable as e:
+        raise WeightsError(
+            f'Cannot load {what or "weights"} from hf-hub:{hub_id} ({constants.ENDPOINT}): {e} Or use pretrained=False.'
+        ) from e
+
+
+def hub_file(hub_id: str, filename: str, cache_dir: Optional[Union[str, Path]] = None) -> Path:
+    """Any file in a repository of the Hub, with the checks of `from_hub`.
+
+    Raises:
+        WeightsError: It cannot be had, or is damaged.
+    """
+    try:
+        return _hub_file(hub_id, filename, None, cache_dir)
+    except _Unavailable as e:
+        raise WeightsError(f'Cannot load {filename} from hf-hub:{hub_id} ({constants.ENDPOINT}): {e}') from e
+
+
+def _bundled(name: str) -> Optional[Path]:
+    return bundled_path(name) if name in WEIGHTS else None
+
+
+def _from_folder(name: str, folder: Path) -> Optional[Path]:
+    """Weights of a local-dir: source: timm chooses the file, unless it is damaged."""
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        return None
+    try:
+        _check_readable(path)
+    except _Unavailable as e:
+        raise WeightsError(f'Cannot load {name} from local-dir:{folder}: {e} Convert or copy it again.') from e
+    return None
+
+
+def _from_chain(name: str, cache_dir: Optional[Union[str, Path]]) -> Path:
+    weights = WEIGHTS.get(name)
+    if weights is None:
+        raise WeightsError(
+            f'No pretrained weights exist for {name}: expected one of {", ".join(_tags(name)) or "no tag"}. Train it, '
+            f'or use pretrained=False for random weights.'
+        )
+    sources: List[Tuple[str, Callable[[], Path]]] = []
+    if weights.bundled:
+        sources.append(('bundled file', lambda: _from_package(name)))
+    sources.append((f'local store {store.store_dir()}', lambda: _from_store(name)))
+    repo = hub_repo(name)
+    sources.append((f'Hugging Face Hub {repo}', lambda: _from_hub(repo, None, weights.sha256, cache_dir)))
+    if weights.authors_file:
+        sources.append((f"authors' file {weights.authors_url}", lambda: _from_authors(name)))
+    causes = []
+    for source, get in sources:
+        try:
+            path = get()
+        except _Unavailable as e:
+            _logger.info('%s: %s: %s', name, source, e)
+            causes.append(f'{source}: {e}')
+        else:
+            _logger.info('%s: found in %s', name, source)
+            return path
+    if weights.authors_file:
+        remedy = (
+            f'Download {weights.authors_url} in a browser and run `timm-smpconv convert FILE --model '
+            f'{name.partition(".")[0]} --install`'
+        )
+    elif weights.bundled:
+        remedy = 'Install the package again'
+    else:
+        remedy = 'None were ever published: train it and load your file with pretrained_cfg_overlay=dict(file=PATH)'
+    tried = ''.join(f'\n  {cause}' for cause in causes)
+    raise WeightsError(
+        f'Cannot load the weights {name}: no source has them. {remedy}, or use pretrained=False for random weights. '
+        f'Tried:{tried}'
+    )
+
+
+def _tags(name: str) -> List[str]:
+    return [key for key in WEIGHTS if key.partition('.')[0] == name.partition('.')[0]]
+
+
+# --- bundled file and local store ---
+
+
+def _from_package(name: str) -> Path:
+    path, weights = bundled_path(name), WEIGHTS[name]
+    assert path is not None
+    if not path.is_file():
+        raise _Unavailable('missing from the installed package; install it again.')
+    if weights.sha256 and store.file_sha256(path) != weights.sha256:
+        raise _Unavailable(f'{path} has been changed: another hash than expected; install the package again.')
+    return path
+
+
+def _from_store(name: str) -> Path:
+    path = store.find(name)
+    if path is None:
+        raise _Unavailable('not there.')
+    return path
+
+
+# --- Hugging Face Hub ---
+
+
+def _from_hub(
+    hub_id: str, filename: Optional[str], sha256: Optional[str], cache_dir: Optional[Union[str, Path]]
+) -> Path:
+    if filename is not None:
+        return _hub_file(hub_id, filename, sha256, cache_dir)
+    try:
+        return _hub_file(hub_id, WEIGHTS_FILE, sha256, cache_dir)
+    except _NoFile as missing:
+        try:
+            return _hub_file(hub_id, _PICKLED_FILE, None, cache_dir)
+        except _NoFile:
+            raise missing from None
+
+
+class _NoFile(_Unavailable):
+    """The repository exists, the file does not."""
+
+
+def _hub_file(hub_id: str, filename: str, sha256: Optional[str], cache_dir: Optional[Union[str, Path]]) -> Path:
+    """A file of the Hub, from the cache if it is intact there and cannot be newer on the server, else downloaded."""
+    repo, _, revision = hub_id.partition('@')
+    where = dict(revision=revision or None, cache_dir=cache_dir)
+    try:
+        cached = try_to_load_from_cache(repo, filename, **where)
+    except ValueError as e:  # HFValidationError
+        raise _Unavailable(f'{repo!r} is no name of a repository ({_one_line(e)}).') from e
+    path = Path(cached) if isinstance(cached, str) else None
+    damaged = ''
+    if path is not None:
+        try:
+            _check_hub_file(path, sha256 or _announced_hash(path), None)
+            if sha256:  # known to be the file that is wanted
+                return path
+        except _Unavailable as e:
+            _logger.warning('%s: %s', path, e)
+            damaged = f'The cached file was damaged ({e}) and set aside. '
+            _set_hub_file_aside(path)
+            path = None
+    if constants.HF_HUB_OFFLINE:
+        if path is not None:
+            return path
+        raise _Unavailable(f'{damaged}offline (HF_HUB_OFFLINE is set), and {filename} is not in the cache.')
+
+    try:
+        # answers or fails at once, while hf_hub_download repeats failures for half a minute
+        announced = get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision or None), timeout=_TIMEOUT)
+    except Exception as e:  # clients of different versions raise different families of exceptions
+        if path is not None and _is_connection_error(e):
+            _logger.info('%s cannot be reached: using the cached %s.', constants.ENDPOINT, path)
+            return path
+        kind = _NoFile if isinstance(e, EntryNotFoundError) else _Unavailable
+        raise kind(damaged + _hub_cause(e, repo, filename)) from e
+
+    problem: Optional[_Unavailable] = None
+    for attempt in range(2):
+        try:
+            path = Path(hf_hub_download(repo, filename, etag_timeout=_TIMEOUT, force_download=attempt > 0, **where))
+        except Exception as e:
+            raise _Unavailable(damaged + _hub_cause(e, repo, filename)) from e
+        etag = announced.etag or ''
+        try:
+            _check_hub_file(path, sha256 or (etag if len(etag) == 64 else None), announced.size)
+        except _Unavailable as e:
+            _logger.warning('%s: %s', path, e)
+            _set_hub_file_aside(path)
+            problem = e
+        else:
+            return path
+    raise _Unavailable(
+        f'{damaged}Downloaded twice, and damaged both times: {problem} The file on the server is damaged, or not the '
+        f'one that this version of timm_smpconv knows: upgrade the package, or tell the owner of the repository.'
+    )
+
+
+def _announced_hash(path: Path) -> Optional[str]:
+    """The hash by which the cache of the Hub names a large file."""
+    blob = path.resolve().name
+    return blob if len(blob) == 64 else None
+
+
+def _check_hub_file(path: Path, sha256: Optional[str], size: Optional[int]) -> None:
+    actual = path.stat().st_size
+    if size is not None and actual != size:
+        raise _Unavailable(f'{actual} bytes, expected {size}.')
+    if sha256:
+        found = store.file_sha256(path)
+        if found != sha256:
+            raise _Unavailable(f'sha256 {found[:12]}..., expected {sha256[:12]}...')
+    _check_readable(path)
+
+
+def _check_readable(path: Path) -> None:
+    """Checks what can be checked of a file without knowing its network."""
+    if path.suffix == '.safetensors':
+        try:
+            with safe_open(path, 'pt') as file:
+                file.keys()
+        except (SafetensorError, OSError) as e:
+            raise _Unavailable(f'{path.name} is no intact safetensors file ({_one_line(e)}).') from e
+    elif path.suffix == '.json':
+        try:
+            json.loads(path.read_text())
+        except ValueError as e:
+            raise _Unavailable(f'{path.name} is no JSON ({_one_line(e)}).') from e
+
+
+def _set_hub_file_aside(path: Path) -> None:
+    blob = path.resolve()
+    store.set_aside(blob)
+    if path != blob:
+        path.unlink(missing_ok=True)
+
+
+def _status(error: BaseException) -> Optional[int]:
+    return getattr(getattr(error, 'response', None), 'status_code', None)
+
+
+def _is_connection_error(error: BaseException) -> bool:
+    status = _status(error)
+    return (status is None or status >= 500) and not isinstance(
+        error, (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError)
+    )
+
+
+def _hub_cause(error: Exception, repo: str, filename: str) -> str:
+    """What went wrong on the way to the Hub, and what to do about it."""
+    status = _status(error)
+    if isinstance(error, GatedRepoError):
+        return f'access to {repo} must be granted by its owner: ask on its page, and log in (`hf auth login`).'
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
+        return 'no such repository, or a private one: check the name, or log in (`hf auth login` or HF_TOKEN).'
+    if isinstance(error, RevisionNotFoundError):
+        return f'{repo} has no such revision: check what follows the @.'
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return f'the repository has no {filename}: ask its owner, or name another file (hf_hub_filename).'
+    if status is not None:
+        return f'the server failed with status {status}: try again later.'
+    text = f'{type(error).__name__} {error}'.lower()
+    if 'timeout' in text or 'timed out' in text:
+        return f'no answer within {_TIMEOUT:.0f} s: check the network, or set HF_HUB_OFFLINE=1.'
+    if 'consistency check' in text or 'incomplete' in text or 'peer closed' in text or 'protocol' in text:
+        return f'the download broke off ({_one_line(error)}): try again.'
+    if isinstance(error, OSError) and error.errno and 'connect' not in text:
+        return f'{error.strerror}: {error.filename or "the cache of the Hub"}.'
+    return f'no connection ({_one_line(error)}): check the network, or set HF_HUB_OFFLINE=1.'
+
+
+# --- the authors' file, on Google Drive ---
+
+
+def _from_authors(name: str) -> Path:
+    """Downloads the authors' checkpoint and keeps it, converted, in the store."""
+    if constants.HF_HUB_OFFLINE:
+        raise _Unavailable('offline (HF_HUB_OFFLINE is set).')
+    file_id = WEIGHTS[name].authors_file
+    assert file_id is not None
+    part = store.store_dir() / 'downloads' / f'{file_id}.part'
+    try:
+        with store.lock(name):
+            found = store.find(name)  # perhaps another process was faster
+            if found is not None:
+                return found
+            part.parent.mkdir(parents=True, exist_ok=True)
+            problem = ''
+            for _ in range(2):
+                download(_drive_url(file_id), part, name)
+                try:
+                    path = _install_authors_file(name, part)
+                except CheckpointError as e:
+                    problem = f'{e} It was set aside as {store.set_aside(part)}.'
+                    _logger.warning('%s: %s', name, problem)
+                else:
+                    part.unlink()
+                    return path
+            raise _Unavailable(f'downloaded twice, and unusable both times: {problem}')
+    except OSError as e:
+        raise _Unavailable(f'cannot write to {store.store_dir()} ({_one_line(e)}): set TIMM_SMPCONV_CACHE.') from e
+    except _DownloadError as e:
+        raise _Unavailable(str(e)) from e
+
+
+def _install_authors_file(name: str, file: Path) -> Path:
+    checkpoint = read_checkpoint(file)
+    model = timm.create_model(name.partition('.')[0])
+    state_dict = fit_checkpoint(checkpoint, model, f'the file of {name}')
+    folder = store.store_dir() / 'downloads'
+    converted = folder / f'{name}.converted'
+    with store.replace_atomically(converted) as part_path:
+        save_file(state_dict, part_path, metadata={'format': 'pt'})
+    try:
+        return store.install(name, converted, WEIGHTS[name].authors_url or '', store.file_sha256(file))
+    finally:
+        converted.unlink()
+
+
+def _drive_url(file_id: str) -> str:
+    base = os.environ.get('TIMM_SMPCONV_DRIVE_URL') or 'https://drive.usercontent.google.com/download'
+    return f'{base}?{urllib.parse.urlencode(dict(id=file_id, export="download", confirm="t"))}'
+
+
+class _DownloadError(Exception):
+    """A download failed for good; the message is the cause."""
+
+
+class _Broken(Exception):
+    """A connection that may be taken up again."""
+
+
+def download(url: str, path: Path, what: str) -> None:
+    """Downloads a file, going on where an earlier call stopped.
+
+    Google Drive asks before it sends a large file, on a page with a form: the form is answered once.
+
+    Args:
+        url: Address of the file.
+        path: File to write; what is in it already is kept if the server still has the same file.
+        what: Name for the progress bar.
+
+    Raises:
+        _DownloadError: The file cannot be had.
+        OSError: The file cannot be written.
+    """
+    answered = False
+    tries = 0
+    while True:
+        before = path.stat().st_size if path.exists() else 0
+        try:
+            form = _continue_download(url, path, what)
+            if form is None:
+                _etag_path(path).unlink(missing_ok=True)
+                return
+            if answered:
+                raise _DownloadError('a page came in place of the file, again after its form was answered: try later.')
+            url, answered = form, True
+        except _Broken as e:
+            progress = path.exists() and path.stat().st_size > before
+            tries = 0 if progress else tries + 1
+            if tries >= _TRIES:
+                raise _DownloadError(f'{e}; what has arrived is kept, call again to go on.') from e
+            _logger.info('%s: %s; going on.', what, e)
+            time.sleep(_PAUSE)
+
+
+def _continue_download(url: str, path: Path, what: str) -> Optional[str]:
+    """One connection. Returns None once the file is complete, or the address that the form on a page leads to."""
+    have = path.stat().st_size if path.exists() else 0
+    request = urllib.request.Request(url, headers={'User-Agent': 'timm_smpconv'})
+    etag = _etag_path(path)
+    if have and etag.exists():
+        request.add_header('Range', f'bytes={have}-')
+        request.add_header('If-Range', etag.read_text())
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
+            if response.headers.get_content_type() == 'text/html':
+                return _answer_form(response.read(1 << 20).decode('utf-8', 'replace'), response.url)
+            resumed = response.status == 206 and _range_start(response.headers.get('Content-Range')) == have
+            length = response.headers.get('Content-Length')
+            total = int(length) + (have if resumed else 0) if length and length.isdigit() else None
+            if (total or 0) > _MAX_SIZE:
+                raise _DownloadError(f'the file has {total} bytes, no checkpoint has more than {_MAX_SIZE}.')
+            if not resumed:
+                path.unlink(missing_ok=True)
+                etag.unlink(missing_ok=True)
+                if response.headers.get('ETag'):
+                    etag.write_text(response.headers['ETag'])
+            _receive(response, path, what, total, have if resumed else 0)
+            return None
+    except urllib.error.HTTPError as e:
+        if e.code == 416 and have:  # the part is as long as the file, or of another file
+            path.unlink(missing_ok=True)
+            etag.unlink(missing_ok=True)
+            raise _Broken('what was there did not belong to this file') from e
+        if e.code >= 500 or e.code == 429:
+            raise _Broken(f'the server failed with status {e.code}') from e
+        raise _DownloadError(
+            f'the server refused with status {e.code}: the file was removed, or is asked for too often.'
+        ) from e
+    except urllib.error.URLError as e:
+        if isinstance(e.reason, TimeoutError):
+            raise _Broken(f'no answer within {_TIMEOUT:.0f} s') from e
+        # nobody listens, or the name is unknown: no use in asking again
+        raise _DownloadError(
+            f'no connection to {urllib.parse.urlsplit(url).netloc} ({e.reason}): check the network.'
+        ) from e
+    except (http.client.HTTPException, ConnectionError, TimeoutError) as e:
+        raise _Broken(f'the connection broke off ({_one_line(e)})') from e
+
+
+def _receive(response: http.client.HTTPResponse, path: Path, what: str, total: Optional[int], have: int) -> None:
+    # no bar where nobody watches
+    with (
+        tqdm(total=total, initial=have, unit='B', unit_scale=True, desc=what, disable=None) as bar,
+        path.open('ab') as f,
+    ):
+        while block := response.read(_BLOCK):
+            f.write(block)
+            have += len(block)
+            bar.update(len(block))
+            if have > _MAX_SIZE:
+                raise _DownloadError(f'more than {_MAX_SIZE} bytes came: no checkpoint is that large.')
+    if total is not None and have < total:
+        raise _Broken(f'the connection ended after {have} of {total} bytes')
+
+
+def _etag_path(path: Path) -> Path:
+    return path.with_name(path.name + '.etag')
+
+
+def _range_start(content_range: Optional[str]) -> Optional[int]:
+    """First byte of a `Content-Range: bytes 100-199/200`."""
+    start = (content_range or '').removeprefix('bytes ').partition('-')[0]
+    return int(start) if start.isdigit() else None
+
+
+class _Form(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.action: Optional[str] = None
+        self.fields: Dict[str, str] = {}
+        self.title = ''
+        self._in_title = False
+
+    def handle_starttag(self, tag: str, attrs: List[Tuple[str, Optional[str]]]) -> None:
+        values = {key: value or '' for key, value in attrs}
+        self._in_title = tag == 'title'
+        if tag == 'form' and self.action is None:
+            self.action = values.get('action')
+        elif tag == 'input' and self.action is not None and values.get('type') == 'hidden' and 'name' in values:
+            self.fields[values['name']] = values.get('value', '')
+
+    def handle_data(self, data: str) -> None:
+        if self._in_title:
+            self.title += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_title = False
+
+
+def _answer_form(page: str, url: str) -> str:
+    form = _Form()
+    form.feed(page)
+    if not form.action or not form.fields:
+        title = ' '.join(form.title.split())[:100] or 'without a title'
+        raise _DownloadError(
+            f'a page ({title!r}) came in place of the file: it was removed, is private, or too many have asked for it.'
+        )
+    action = urllib.parse.urljoin(url, form.action)
+    if urllib.parse.urlsplit(action).scheme not in ('http', 'https'):
+        raise _DownloadError(f'the page in place of the file leads to {action!r}.')
+    return f'{action}?{urllib.parse.urlencode(form.fields)}'
+
+
+def _one_line(error: BaseException) -> str:
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + '...'

@@ -1,0 +1,175 @@
+"""The local store: converted weights on this machine, each with its hash, found before anything is downloaded.
+
+`<store>/<model>.<tag>/weights.json` names the file of weights beside it. The file is complete before the entry that
+names it appears, and both appear by a rename: another process, or one that is killed, never leaves half a file that
+anybody would load.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Iterator, Optional, Union
+
+from huggingface_hub.utils import WeakFileLock
+
+from .weights import WeightsError
+
+__all__ = [
+    'Entry',
+    'file_sha256',
+    'find',
+    'install',
+    'lock',
+    'replace_atomically',
+    'set_aside',
+    'store_dir',
+]
+
+_logger = logging.getLogger(__name__)
+_ENTRY = 'weights.json'
+_STALE = 86400.0  # seconds after which nobody writes to a temporary file any more
+_NAME = re.compile(r'[\w.-]+\.[\w-]+', re.ASCII)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Weights in the store.
+
+    Attributes:
+        file: File name, beside the entry.
+        size: Bytes.
+        sha256: Hash.
+        source: Where the weights came from.
+        source_sha256: Hash of the file that they were converted from.
+    """
+
+    file: str
+    size: int
+    sha256: str
+    source: str
+    source_sha256: str
+
+
+def store_dir() -> Path:
+    """Folder of the store: `TIMM_SMPCONV_CACHE`, or timm_smpconv in the user's cache folder."""
+    chosen = os.environ.get('TIMM_SMPCONV_CACHE')
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_smpconv'
+
+
+def file_sha256(path: Union[str, Path]) -> str:
+    """Hash of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def replace_atomically(path: Path) -> Iterator[Path]:
+    """Gives a temporary file that takes the place of `path` once it is complete, and vanishes if that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f'.{path.name}.*.part'):  # of processes that were killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _STALE:
+                left.unlink()
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.part')
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)  # mkstemp's own mode hides the file from all other users
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(name: str) -> Iterator[None]:
+    """Keeps other processes that prepare the same weights waiting; the system frees it if this process dies."""
+    folder = store_dir() / '.locks'
+    folder.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder / f'{name}.lock'):
+        yield
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged file to NAME.corrupt, so that it is neither used nor lost."""
+    aside = path.with_name(path.name + '.corrupt')
+    with contextlib.suppress(OSError):  # gone already, or in a folder of somebody else: it is not used in any case
+        os.replace(path, aside)
+    return aside
+
+
+def find(name: str) -> Optional[Path]:
+    """File of the weights `model.tag` in the store; None if there are none, or none intact.
+
+    A file that has not the size and hash of its entry, or an entry that cannot be read, is set aside.
+    """
+    folder = _folder(name)
+    try:
+        entry = Entry(**json.loads((folder / _ENTRY).read_text()))
+        path = folder / entry.file
+        if path.parent != folder or Path(entry.file).name != entry.file:
+            raise ValueError(f'{entry.file!r} is no file name')
+        intact = path.stat().st_size == entry.size and file_sha256(path) == entry.sha256
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as e:  # unreadable, no JSON, other fields
+        _logger.warning('The entry of %s in the store cannot be read (%s): set aside as %s.', name, e, folder)
+        set_aside(folder / _ENTRY)
+        return None
+    if not intact:
+        _logger.warning('%s is damaged: set aside as %s.', path, set_aside(path))
+        return None
+    return path
+
+
+def install(name: str, weights: Path, source: str, source_sha256: str) -> Path:
+    """Puts a complete file of weights into the store.
+
+    Args:
+        name: `model.tag`.
+        weights: Safetensors file; it is copied.
+        source: Where the weights come from.
+        source_sha256: Hash of the file that they were converted from.
+
+    Returns:
+        The file in the store.
+
+    Raises:
+        WeightsError: The store cannot be written.
+    """
+    folder = _folder(name)
+    sha256 = file_sha256(weights)
+    # content in the name: an older entry stays valid until the new one is there
+    path = folder / f'{sha256[:16]}.safetensors'
+    entry = Entry(path.name, weights.stat().st_size, sha256, source, source_sha256)
+    try:
+        with replace_atomically(path) as part:
+            part.write_bytes(weights.read_bytes())
+        with replace_atomically(folder / _ENTRY) as part:
+            part.write_text(json.dumps(dataclasses.asdict(entry), indent=2) + '\n')
+    except OSError as e:
+        raise WeightsError(
+            f'Cannot store the weights {name} in {folder}: {e}. Make it writable, or set TIMM_SMPCONV_CACHE to another '
+            f'folder.'
+        ) from e
+    return path
+
+
+def _folder(name: str) -> Path:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f'Weights are named model.tag, got {name!r}.')
+    return store_dir() / name
