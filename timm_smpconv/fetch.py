@@ -33,7 +33,7 @@ from . import store
 from .checkpoint import CheckpointError, fit_checkpoint, read_checkpoint
 from .weights import WEIGHTS, WeightsError, bundled_path, hub_repo
 
-__all__ = ['WEIGHTS_FILE', 'download', 'from_hub', 'hub_file', 'locate']
+__all__ = ['WEIGHTS_FILE', 'download', 'from_hub', 'hub_cause', 'hub_file', 'locate']
 
 _logger = logging.getLogger(__name__)
 
@@ -251,14 +251,14 @@ def _hub_file(hub_id: str, filename: str, sha256: Optional[str], cache_dir: Opti
             _logger.info('%s cannot be reached: using the cached %s.', constants.ENDPOINT, path)
             return path
         kind = _NoFile if isinstance(e, EntryNotFoundError) else _Unavailable
-        raise kind(damaged + _hub_cause(e, repo, filename)) from e
+        raise kind(damaged + hub_cause(e, repo, filename)) from e
 
     problem: Optional[_Unavailable] = None
     for attempt in range(2):
         try:
             path = Path(hf_hub_download(repo, filename, etag_timeout=_TIMEOUT, force_download=attempt > 0, **where))
         except Exception as e:
-            raise _Unavailable(damaged + _hub_cause(e, repo, filename)) from e
+            raise _Unavailable(damaged + hub_cause(e, repo, filename)) from e
         etag = announced.etag or ''
         try:
             _check_hub_file(path, sha256 or (etag if len(etag) == 64 else None), announced.size)
@@ -324,7 +324,7 @@ def _is_connection_error(error: BaseException) -> bool:
     )
 
 
-def _hub_cause(error: Exception, repo: str, filename: str) -> str:
+def hub_cause(error: Exception, repo: str, filename: str) -> str:
     """What went wrong on the way to the Hub, and what to do about it."""
     status = _status(error)
     if isinstance(error, GatedRepoError):

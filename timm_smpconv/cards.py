@@ -1,0 +1,241 @@
+"""Texts made from the table of weights: the model table of the documents, and a card for each model on the Hub."""
+
+import math
+from typing import Optional, Tuple
+
+from torch import nn
+
+from .catalog import describe_models
+from .weights import WEIGHTS, Weights, hub_repo
+
+__all__ = ['CITATION', 'evaluation_table', 'model_card', 'model_table', 'replace_section', 'wilson_interval']
+
+CITATION = """\
+@inproceedings{kim2023smpconv,
+  title = {SMPConv: Self-moving Point Representations for Continuous Convolution},
+  author = {Kim, Sanghyeon and Park, Eunbyung},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year = {2023}
+}"""
+
+# by the tag of the weights: data sets as the Hub names them
+_DATASETS = {
+    'in1k': 'imagenet-1k',
+    'c10': 'cifar10',
+    'scifar10': 'cifar10',
+    'smnist': 'mnist',
+    'pmnist': 'mnist',
+    'sc': 'google/speech_commands',
+    'sc_raw': 'google/speech_commands',
+}
+_TASKS = {'sc': 'audio-classification', 'sc_raw': 'audio-classification', 'ct': 'other'}
+
+_COMMANDS = 'voice control where a mistake matters: it knows ten English words, and takes any sound for one of them'
+_NOT_FOR = {
+    'smnist': 'reading digits in anything that matters, such as forms, cheques, meters or examinations',
+    'pmnist': 'anything but the comparison of sequence models: it reads the pixels of a digit in a random order',
+    'c10': 'decisions about real photographs: it knows ten classes of 32 x 32 thumbnails and nothing else',
+    'scifar10': 'decisions about real photographs: it knows ten classes of 32 x 32 thumbnails and nothing else',
+    'sc': _COMMANDS,
+    'sc_raw': _COMMANDS,
+    'ct': 'identification of writers or reading of documents: it knows twenty letters from one writer',
+    'in1k': 'decisions about people, or anything where a mistake does harm: it has the biases of ImageNet',
+}
+
+
+def wilson_interval(correct: int, tested: int) -> Tuple[float, float]:
+    """95 % interval of a proportion, as fractions: unlike the normal one it stays sensible near 100 %."""
+    z = 1.959964
+    p = correct / tested
+    middle = p + z * z / (2 * tested)
+    half = z * math.sqrt(p * (1 - p) / tested + z * z / (4 * tested * tested))
+    scale = 1 + z * z / tested
+    return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)
+
+
+def model_table() -> str:
+    """All models and weights as a Markdown table."""
+    lines = [
+        '| model | data | input | params | GMACs | top-1 (paper) | top-1 (ours) | weights |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    for info in sorted(describe_models(), key=lambda info: list(WEIGHTS).index(f'{info.name}.{info.tag}')):
+        channels, height, width = info.input_size
+        size = f'{channels} x {width}' if height == 1 else f'{channels} x {height} x {width}'
+        weights = WEIGHTS[f'{info.name}.{info.tag}']
+        ours = '' if weights.accuracy is None else f'{weights.accuracy:.2f}'
+        source = (
+            '**bundled**, ours' if weights.bundled else "the authors'" if weights.authors_file else 'none published'
+        )
+        lines.append(
+            f'| {info.name} | {info.trained_on} | {size} | {info.params:,} | {info.macs / 1e9:,.2f} | '
+            f'{info.paper_accuracy:.2f} | {ours} | {source} |'
+        )
+    return '\n'.join(lines)
+
+
+def evaluation_table() -> str:
+    """The measured accuracies of the bundled weights, beside those of the paper, as a Markdown table."""
+    lines = [
+        '| weights | test data | measured | 95 % interval | paper (its own weights) | file | sha256 |',
+        '|---|---|---|---|---|---|---|',
+    ]
+    for name, weights in WEIGHTS.items():
+        if weights.correct is None or weights.tested is None:
+            continue
+        lines.append(
+            f'| {name} | {_test_data(weights)} | {_measured(weights)} | {_interval(weights)} | '
+            f'{weights.paper_accuracy:.2f} % | {weights.size:,} bytes | `{(weights.sha256 or "")[:16]}...` |'
+        )
+    return '\n'.join(lines)
+
+
+def _test_data(weights: Weights) -> str:
+    return f'{weights.tested:,} {weights.test_data}'
+
+
+def _measured(weights: Weights) -> str:
+    return f'{weights.accuracy:.2f} % ({weights.correct:,})'
+
+
+def _interval(weights: Weights) -> str:
+    assert weights.correct is not None and weights.tested is not None
+    low, high = wilson_interval(weights.correct, weights.tested)
+    return f'{100 * low:.2f} to {100 * high:.2f} %'
+
+
+def model_card(
+    name: str,
+    model: nn.Module,
+    provenance: Optional[str] = None,
+    measured: bool = True,
+    deployed: bool = False,
+) -> str:
+    """Card of a model for its repository on the Hub, with the metadata block that the Hub reads.
+
+    Args:
+        name: `model.tag`.
+        model: The network; its weights are not looked at.
+        provenance: Where this file of weights comes from; None for what the table says.
+        measured: The weights are those of the table, so that its accuracy is theirs.
+        deployed: The repository holds the deployed weights too.
+
+    Returns:
+        Markdown.
+    """
+    architecture, _, tag = name.partition('.')
+    cfg = model.pretrained_cfg
+    weights = WEIGHTS.get(name)
+    own = weights is not None and provenance is None
+    task = _TASKS.get(tag, 'image-classification')
+    images = task == 'image-classification'
+    meta = ['---', f'license: {cfg.get("license") or "mit"}', 'library_name: timm', f'pipeline_tag: {task}', 'tags:']
+    meta += [f'- {t}' for t in (task, 'timm', 'timm_smpconv', 'smpconv')]
+    if tag in _DATASETS:
+        meta += ['datasets:', f'- {_DATASETS[tag]}']
+    meta.append('---')
+
+    channels, height, width = cfg['input_size']
+    shape = f'{channels}, {height}, {width}'
+    params = sum(p.numel() for p in model.parameters())
+    lines = [
+        *meta,
+        f'# {name}',
+        '',
+        f'An SMPConv network: convolution kernels are continuous functions of points that move in training. '
+        f'{params:,} parameters, {model.num_classes} classes, input (batch, {shape}).',
+        '',
+    ]
+    lines += [
+        '## Use',
+        '',
+        '`pip install timm-smpconv`, then:',
+        '',
+        '```python',
+        'import timm',
+        'import torch',
+        'import timm_smpconv  # registers the architecture',
+        '',
+        f"model = timm.create_model('hf-hub:{hub_repo(name)}', pretrained=True).eval()",
+    ]
+    if images:
+        lines += [
+            '',
+            'cfg = timm.data.resolve_data_config(model=model)',
+            'transform = timm.data.create_transform(**cfg, is_training=False)',
+            '# x = transform(image).unsqueeze(0) for a PIL image',
+        ]
+    lines += [
+        f'x = torch.randn(1, {shape})',
+        f'probabilities = model(x).softmax(1)  # (1, {model.num_classes})',
+        'model.reparameterize()  # points become plain dense kernels: same output, faster',
+        '```',
+        '',
+    ]
+    if not images:
+        lines += ['The input is a series, (batch, channels, steps); a height of one may stand before the steps.', '']
+    if deployed:
+        lines += [
+            '`deployed.safetensors` holds the same network with its kernels rendered, for '
+            f"`timm.create_model('{architecture}', inference_mode=True, checkpoint_path=FILE)`.",
+            '',
+        ]
+    lines += ['## Results', '']
+    if weights is None:
+        lines += ['Not measured.', '']
+    else:
+        if measured and weights.accuracy is not None:
+            lines += [
+                f'- Top-1 accuracy measured by this project with this file, on {_test_data(weights)}: '
+                f'{_measured(weights)}, 95 % interval {_interval(weights)}. Command: '
+                f'`timm-smpconv validate --model {architecture} --data DIR`.',
+            ]
+        else:
+            lines += ['- The accuracy of this file has not been measured by this project.']
+        lines += [f'- Top-1 accuracy that the paper reports, for its own weights: {weights.paper_accuracy:.2f} %.']
+        if weights.note and (own or measured):
+            lines += [f'- {weights.note}']
+        lines += ['']
+    lines += ['## Origin', '']
+    if provenance is not None:
+        lines += [provenance]
+    elif weights is not None and weights.bundled:
+        lines += [
+            f'Trained by the timm_smpconv project on {weights.trained_on}. File: {weights.size:,} bytes, sha256 '
+            f'`{weights.sha256}`.'
+        ]
+    elif weights is not None and weights.authors_file:
+        lines += [
+            f'Trained on {weights.trained_on} and published by the authors of the paper at {weights.authors_url}; to '
+            f'be converted with `timm-smpconv convert FILE --model {architecture} --out DIR`.'
+        ]
+    lines += [
+        '',
+        '## Limits',
+        '',
+        f'Not for {_NOT_FOR.get(tag, "use without a test on data of your own")}.',
+        'There is no class for "none of these", and the probabilities are not calibrated.',
+        '',
+        '## Licence and citation',
+        '',
+        f'{(cfg.get("license") or "mit").upper()}.',
+        '',
+        '```bibtex',
+        CITATION,
+        '```',
+    ]
+    return '\n'.join(lines) + '\n'
+
+
+def replace_section(text: str, name: str, content: str) -> str:
+    """Replaces what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
+
+    Raises:
+        ValueError: The text has no such section.
+    """
+    begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
+    head, found, rest = text.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f'Expected a section between {begin!r} and {end!r}.')
+    return f'{head}{begin}\n{content}\n{end}{tail}'

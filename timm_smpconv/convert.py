@@ -1,0 +1,168 @@
+"""Checkpoints of any training to folders as the Hugging Face Hub and timm's `local-dir:` names expect them."""
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, Optional, Union
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from torch import nn
+
+from . import store
+from .cards import model_card
+from .checkpoint import fit_checkpoint, read_checkpoint
+from .fetch import WEIGHTS_FILE
+from .predict import check_known
+from .weights import WEIGHTS
+
+__all__ = ['DEPLOYED_FILE', 'TENSORS_FILE', 'Converted', 'convert']
+
+DEPLOYED_FILE = 'deployed.safetensors'
+TENSORS_FILE = 'test/rand_tensors.safetensors'
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What came of a conversion.
+
+    Attributes:
+        name: `model.tag`.
+        folder: Hub-ready folder, if one was asked for.
+        installed: File in the local store, if that was asked for.
+        sha256: Hash of model.safetensors.
+    """
+
+    name: str
+    folder: Optional[Path]
+    installed: Optional[Path]
+    sha256: str
+
+
+def convert(
+    file: Union[str, Path],
+    name: str,
+    out: Optional[Union[str, Path]] = None,
+    install: bool = False,
+    deployed: bool = False,
+    use_ema: bool = True,
+    overwrite: bool = False,
+    model_kwargs: Optional[Dict[str, Any]] = None,
+) -> Converted:
+    """Converts a checkpoint: of the authors' code, of timm's train.py, or of this package.
+
+    The folder holds config.json, model.safetensors, README.md (a model card), test/rand_tensors.safetensors (an input
+    and what the network makes of it, under timm's names) and, if asked for, deployed.safetensors. It appears whole or
+    not at all.
+
+    Args:
+        file: Checkpoint; see `read_checkpoint` for what is read and what is refused.
+        name: `model` or `model.tag`; without a tag the model's default one.
+        out: Folder to make.
+        install: Put the weights into the local store, where pretrained=True finds them.
+        deployed: Add the weights of the deployed form.
+        use_ema: Take the average of the weights where the checkpoint has one.
+        overwrite: Replace `out`.
+        model_kwargs: Arguments of the network that differ from the model's own, such as num_classes.
+
+    Returns:
+        Where the results are.
+
+    Raises:
+        CheckpointError: The file cannot be read, or does not fit; the message lists the differences.
+        ValueError: The model is unknown, or nothing was asked for.
+        FileExistsError: The folder exists.
+        WeightsError: The store cannot be written.
+    """
+    check_known(name)
+    model_kwargs = dict(model_kwargs or {})
+    if out is None and not install:
+        raise ValueError('Nothing to do: expected a folder (out), install=True, or both.')
+    if install and model_kwargs:
+        raise ValueError(
+            f'Only the standard form of a model can be installed as pretrained weights, got {model_kwargs}: give a '
+            f'folder, and load it with timm.create_model("local-dir:FOLDER", pretrained=True).'
+        )
+    if out is not None and Path(out).exists() and not overwrite:
+        raise FileExistsError(f'{out} exists: choose another folder, or overwrite it.')
+    file = Path(file)
+    checkpoint = read_checkpoint(file)
+    if not use_ema:
+        checkpoint = {key: value for key, value in checkpoint.items() if key not in ('state_dict_ema', 'model_ema')}
+    try:
+        model = timm.create_model(name, **model_kwargs).eval()
+    except (TypeError, ValueError) as e:
+        raise ValueError(f'Cannot build {name} with {model_kwargs}: {e}') from e
+    model.load_state_dict(fit_checkpoint(checkpoint, model, str(file)))
+    model.pretrained_cfg['num_classes'] = model.num_classes
+
+    name = f'{name.partition(".")[0]}.{model.pretrained_cfg["tag"]}'
+    source_sha256 = store.file_sha256(file)
+    with tempfile.TemporaryDirectory() as temporary:
+        weights = Path(temporary) / WEIGHTS_FILE
+        save_file(model.state_dict(), weights, metadata={'format': 'pt'})
+        sha256 = store.file_sha256(weights)
+        folder = None
+        if out is not None:
+            folder = Path(out)
+            provenance = f'Converted from `{file.name}` (sha256 `{source_sha256}`).'
+            _write_folder(model, name, folder, deployed, provenance, model_kwargs, sha256)
+        installed = None
+        if install:
+            with store.lock(name):
+                installed = store.install(name, weights, file.name, source_sha256)
+    return Converted(name, folder, installed, sha256)
+
+
+def _write_folder(
+    model: nn.Module,
+    name: str,
+    folder: Path,
+    deployed: bool,
+    provenance: str,
+    model_kwargs: Dict[str, Any],
+    sha256: str,
+) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # beside the final place, so that a rename is enough
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
+    try:
+        save_for_hf(model, temporary, model_args=model_kwargs or None, safe_serialization=True)
+        (temporary / TENSORS_FILE).parent.mkdir()
+        save_file(_sample_tensors(model), temporary / TENSORS_FILE)
+        if deployed:
+            save_file(
+                timm.utils.reparameterize_model(model).state_dict(),
+                temporary / DEPLOYED_FILE,
+                metadata={'format': 'pt'},
+            )
+        known = name in WEIGHTS and sha256 == WEIGHTS[name].sha256
+        (temporary / 'README.md').write_text(model_card(name, model, provenance, measured=known, deployed=deployed))
+        temporary.chmod(0o755)
+        if folder.exists():  # two renames: the folder is missing for a moment, and never half written
+            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
+            os.replace(folder, old / folder.name)
+            os.replace(temporary, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@torch.inference_mode()
+def _sample_tensors(model: nn.Module) -> Dict[str, torch.Tensor]:
+    """A random input and its outputs, as timm keeps them beside weights on the Hub."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *model.pretrained_cfg['input_size'], generator=generator)
+    if x.shape[1] != model.in_chans:
+        x = torch.randn(2, model.in_chans, *x.shape[2:], generator=generator)
+    features = model.forward_features(x)
+    tensors = dict(
+        input=x, output=model(x), features=features, pre_logits=model.forward_head(features, pre_logits=True)
+    )
+    return {key: value.contiguous().clone() for key, value in tensors.items()}

@@ -1,0 +1,172 @@
+"""Publishing on the Hugging Face Hub, and checking what is published."""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Union
+
+import timm
+import torch
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from safetensors.torch import load_file
+
+from . import store
+from .catalog import model_names
+from .convert import TENSORS_FILE
+from .fetch import WEIGHTS_FILE, hub_cause
+from .version import __version__
+from .weights import WEIGHTS, WeightsError
+
+__all__ = ['Check', 'check_folder', 'push', 'verify']
+
+_FILES = ('config.json', WEIGHTS_FILE, 'README.md', TENSORS_FILE)
+_PUBLISHED = (*_FILES, 'deployed.safetensors')
+_TOLERANCE = 1e-4  # of the largest logit: other processors round differently
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One thing that was checked.
+
+    Attributes:
+        name: What.
+        ok: It is right.
+        detail: What was found.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def push(
+    folder: Union[str, Path],
+    repo: str,
+    private: bool = False,
+    create_pr: bool = False,
+    token: Optional[str] = None,
+) -> str:
+    """Uploads a folder made by `convert` to the Hub, in one commit, after checking it.
+
+    Args:
+        folder: Hub-ready folder.
+        repo: `ORG/NAME`; made if it does not exist.
+        private: Make it a private repository.
+        create_pr: Open a pull request instead of committing to the main branch.
+        token: Token of the Hub in place of that of the environment or of the login.
+
+    Returns:
+        Address of the commit or of the pull request.
+
+    Raises:
+        ValueError: The folder is not complete and right.
+        WeightsError: The Hub refuses or cannot be reached.
+    """
+    folder = Path(folder)
+    wrong = [check for check in check_folder(folder) if not check.ok]
+    if wrong:
+        problems = '; '.join(f'{check.name}: {check.detail}' for check in wrong)
+        raise ValueError(f'{folder} cannot be published: {problems}. Expected a folder made by timm-smpconv convert.')
+    api = HfApi(token=token, library_name='timm_smpconv', library_version=__version__)
+    try:
+        repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        info = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            allow_patterns=list(_PUBLISHED),
+            commit_message=f'Weights and card, by timm_smpconv {__version__}',
+            create_pr=create_pr,
+        )
+    except Exception as e:  # clients of different versions raise different families of exceptions
+        raise WeightsError(f'Cannot push {folder} to {repo} ({api.endpoint}): {hub_cause(e, repo, "it")}') from e
+    return str(info.pr_url or info.commit_url) if create_pr else str(info.commit_url)
+
+
+def verify(repo: str, token: Optional[str] = None) -> List[Check]:
+    """Downloads a published model afresh and checks it: hashes, configuration, card and logits.
+
+    Args:
+        repo: `ORG/NAME`, or `ORG/NAME@REVISION`.
+        token: Token of the Hub in place of that of the environment or of the login.
+
+    Returns:
+        All checks.
+
+    Raises:
+        WeightsError: The repository cannot be reached.
+    """
+    name, _, revision = repo.partition('@')
+    api = HfApi(token=token, library_name='timm_smpconv', library_version=__version__)
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            info = api.model_info(name, revision=revision or None, files_metadata=True, timeout=10.0)
+            files = {sibling.rfilename: sibling for sibling in info.siblings or []}
+            for file in _PUBLISHED:
+                if file in files:
+                    hf_hub_download(name, file, revision=info.sha, token=token, local_dir=temporary)
+        except Exception as e:
+            raise WeightsError(f'Cannot verify {repo} ({api.endpoint}): {hub_cause(e, name, "such file")}') from e
+        folder = Path(temporary)
+        checks = []
+        for file, sibling in files.items():
+            if file in _PUBLISHED and sibling.lfs is not None:
+                found = store.file_sha256(folder / file)
+                announced = sibling.lfs['sha256'] if isinstance(sibling.lfs, dict) else sibling.lfs.sha256
+                checks.append(Check(f'hash of {file}', found == announced, f'sha256 {found}'))
+        known = WEIGHTS.get(name.partition('/')[2])
+        if known and known.sha256 and (folder / WEIGHTS_FILE).is_file():
+            found = store.file_sha256(folder / WEIGHTS_FILE)
+            detail = 'as in the table' if found == known.sha256 else f'{found}, the table has {known.sha256}'
+            checks.append(Check('table of weights', found == known.sha256, detail))
+        return checks + check_folder(folder)
+
+
+def check_folder(folder: Path) -> List[Check]:
+    """Checks a Hub-ready folder: files, configuration, weights, card and logits."""
+    missing = [file for file in _FILES if not (folder / file).is_file()]
+    detail = f'missing: {", ".join(missing)}' if missing else f'{len(_FILES)} files'
+    checks = [Check('files', not missing, detail)]
+    if missing:
+        return checks
+    for name, check in (('config', _config), ('card', _card), ('logits', _logits)):
+        checks.append(_run(name, check, folder))
+    return checks
+
+
+def _run(name: str, check: Callable[[Path], str], folder: Path) -> Check:
+    try:
+        return Check(name, True, check(folder))
+    except Exception as e:  # files of unknown contents fail in any way, and a failure is the finding
+        return Check(name, False, ' '.join(str(e).split()) or type(e).__name__)
+
+
+def _config(folder: Path) -> str:
+    config: Dict[str, Any] = json.loads((folder / 'config.json').read_text())
+    architecture = config.get('architecture')
+    if architecture not in model_names():
+        raise ValueError(f'architecture {architecture!r}, expected one of {", ".join(model_names())}')
+    if not isinstance(config.get('pretrained_cfg'), dict):
+        raise ValueError('no pretrained_cfg')
+    return f'{architecture}, {config.get("num_classes")} classes'
+
+
+def _card(folder: Path) -> str:
+    card = ModelCard.load(folder / 'README.md')
+    data = card.data.to_dict()
+    for key in ('license', 'library_name', 'tags'):
+        if not data.get(key):
+            raise ValueError(f'no {key} in the metadata block of README.md')
+    if data['library_name'] != 'timm':
+        raise ValueError(f'library_name {data["library_name"]!r}, expected timm')
+    return f'licence {data["license"]}, {len(card.text.split())} words'
+
+
+@torch.inference_mode()
+def _logits(folder: Path) -> str:
+    tensors = load_file(folder / TENSORS_FILE)
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    error = (model(tensors['input']) - tensors['output']).abs().max() / tensors['output'].abs().max()
+    if not error <= _TOLERANCE:
+        raise ValueError(f'other than in {TENSORS_FILE}: relative error {error:.1e}, at most {_TOLERANCE:.0e} expected')
+    return f'relative error {error:.1e}'
