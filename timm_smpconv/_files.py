@@ -1,14 +1,18 @@
 """Files that are there completely or not at all, whatever kills the process that writes them."""
 
 import contextlib
+import json
 import os
 from pathlib import Path
-from typing import Dict, Iterator
+from typing import Any, Dict, Iterator
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-__all__ = ['atomic_path', 'save_tensors', 'write_text']
+__all__ = ['atomic_path', 'read_metadata', 'save_tensors', 'write_text']
+
+_KEY = 'timm_smpconv'
 
 
 @contextlib.contextmanager
@@ -38,10 +42,24 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding='utf-8')
 
 
-def save_tensors(path: Path, tensors: Dict[str, torch.Tensor], metadata: Dict[str, str]) -> None:
-    """Writes a safetensors file atomically, readable for whom the umask allows."""
+def save_tensors(path: Path, tensors: Dict[str, torch.Tensor], metadata: Dict[str, Any]) -> None:
+    """Writes a safetensors file atomically, readable for whom the umask allows.
+
+    Args:
+        path: File to write.
+        tensors: Contents by name.
+        metadata: What else the file shall say; anything that JSON can hold.
+    """
+    # one entry, because safetensors writes several in random order: equal contents shall be equal files
+    text = {_KEY: json.dumps(metadata)}
     with atomic_path(path) as part:
         part.touch()
         mode = part.stat().st_mode
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, metadata=metadata)
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, metadata=text)
         part.chmod(mode & 0o777)  # safetensors may have made it private
+
+
+def read_metadata(path: Path) -> Dict[str, Any]:
+    """What `save_tensors` was given as metadata; nothing for a safetensors file of other origin."""
+    with safe_open(path, 'pt') as file:
+        return json.loads((file.metadata() or {}).get(_KEY, '{}'))

@@ -343,8 +343,8 @@ def _make_speech(target: Path, files: List[Path], downloads: Path, progress: boo
                 speakers=torch.tensor([_speaker_number(key[1]) for key in keys]),
             ),
             dict(
-                words=' '.join(SPEECH_WORDS),
-                sample_rate=str(_RATE),
+                words=SPEECH_WORDS,
+                sample_rate=_RATE,
                 source='Speech Commands v0.02 (Warden 2018, CC BY 4.0), from ' + ', '.join(f.name for f in files),
             ),
         )
@@ -456,7 +456,7 @@ def _make_trajectories(target: Path, files: List[Path], downloads: Path, progres
         save_tensors(
             target / f'{part}.safetensors',
             dict(inputs=inputs, labels=labels),
-            dict(characters=' '.join(CHARACTERS), source=name),
+            dict(characters=CHARACTERS, source=name),
         )
     return counts
 

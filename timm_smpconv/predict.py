@@ -1,7 +1,6 @@
 """Classification of image files of any kind."""
 
 import dataclasses
-import json
 import warnings
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
@@ -10,10 +9,10 @@ import numpy as np
 import timm
 import torch
 from PIL import Image, ImageCms, ImageOps
-from safetensors import safe_open
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import nn
 
+from ._files import read_metadata
 from .catalog import model_names
 from .classes import CLASS_NAMES
 from .weights import WEIGHTS
@@ -125,9 +124,7 @@ def _carried_statistics(path: Path) -> Dict[str, Tuple[float, ...]]:
     """How the input is normalised, if a file of weights says so, as those of `timm-smpconv train` do."""
     if path.suffix != '.safetensors':
         return {}
-    with safe_open(path, 'pt') as file:
-        metadata = file.metadata() or {}
-    return {key: tuple(map(float, json.loads(metadata[key]))) for key in ('mean', 'std') if key in metadata}
+    return {key: tuple(map(float, value)) for key, value in read_metadata(path).items() if key in ('mean', 'std')}
 
 
 def class_names(model: nn.Module) -> List[str]:

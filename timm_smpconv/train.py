@@ -6,7 +6,6 @@ alone. A run that was killed at any time continues from its last checkpoint with
 
 import csv
 import hashlib
-import json
 import logging
 import math
 import sys
@@ -354,8 +353,7 @@ def _write_result(run: _Run) -> Path:
     with atomic_path(run.output / 'config.json') as part:
         save_config_for_hf(model, str(part), model_args=recipe.model_kwargs or None)
     path = run.output / 'model.safetensors'
-    metadata = dict(format='pt', architecture=model.pretrained_cfg['architecture'])
     # a file on its own says how its input is normalised
-    metadata.update(mean=json.dumps(run.mean), std=json.dumps(run.std))
+    metadata = dict(architecture=model.pretrained_cfg['architecture'], mean=run.mean, std=run.std)
     save_tensors(path, model.state_dict(), metadata)
     return path
