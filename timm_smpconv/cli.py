@@ -1,23 +1,28 @@
-"""The command `timm-smpconv`: predict, list, validate, train."""
+"""The command `timm-smpconv`: predict, list, validate, data, train."""
 
 import argparse
 import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
+import timm
 import torch
 from torch import nn
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .catalog import ModelInfo, describe_models
+from .confusion import MAX_CLASSES, draw_confusion
+from .data import DATA_SETS, prepare
 from .predict import FileResult, check_known, check_takes_images, load_model, predict_files
-from .train import Recipe, evaluate, load_mnist, train
+from .recipe import Recipe, read_recipe
+from .train import check_trainable, train
+from .validate import validate, wilson
 from .version import __version__
 
 __all__ = ['main']
@@ -25,7 +30,6 @@ __all__ = ['main']
 _PROG = 'timm-smpconv'
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 _DEFAULT_MODEL = 'smpconv_seq_mnist'
-_MNIST_MODELS = ('smpconv_seq_mnist', 'smpconv_seq_pmnist')
 _NUMBERS = ('params', 'GMACs', 'measured', 'paper')  # columns of `list` that are aligned to the right
 
 
@@ -94,35 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_list)
     command.add_argument('--json', action='store_true', help='print one JSON array')
 
-    command = commands.add_parser(
-        'validate', help='measure accuracy', description='Measure the accuracy on the 10,000 test images of MNIST.'
-    )
-    command.set_defaults(run=_validate)
-    _add_model(command)
-    _add_data_dir(command)
-    command.add_argument('--json', action='store_true', help='print a JSON object')
-
-    command = commands.add_parser(
-        'train',
-        help='train a model on MNIST',
-        description='Train a model on MNIST; called again with the same output, a stopped run continues.',
-    )
-    command.set_defaults(run=_train)
-    _add_data_dir(command)
-    command.add_argument('--output', required=True, metavar='DIR', help='folder for checkpoint, log and weights')
-    command.add_argument('--config', metavar='FILE', help='recipe as JSON; the options below override its fields')
-    command.add_argument('--threads', type=_positive, metavar='N', help='CPU threads')
-    recipe = command.add_argument_group('recipe')
-    for field in dataclasses.fields(Recipe):
-        kind: Dict[str, Any] = dict(action=argparse.BooleanOptionalAction)
-        if field.type is not bool:
-            kind = dict(type=field.type, metavar=field.type.__name__.upper())
-        recipe.add_argument(
-            '--' + field.name.replace('_', '-'),
-            default=argparse.SUPPRESS,
-            help=f'default without a config: {field.default}',
-            **kind,
-        )
+    _add_validate(commands)
+    _add_data(commands)
+    _add_train(commands)
     return parser
 
 
@@ -131,8 +109,80 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument('--checkpoint-path', metavar='FILE', help="weights to use in place of the model's own")
 
 
-def _add_data_dir(command: argparse.ArgumentParser) -> None:
-    command.add_argument('--data-dir', required=True, metavar='DIR', help='folder that holds MNIST/raw, unpacked')
+def _add_validate(commands: Any) -> None:
+    command = commands.add_parser(
+        'validate', help='measure accuracy', description='Measure the accuracy of a model on its test data.'
+    )
+    command.set_defaults(run=_validate)
+    _add_model(command)
+    _add_data_dir(command, "what 'timm-smpconv data' made, or a folder of class folders (ImageNet, CIFAR-10)")
+    command.add_argument('--confusion', metavar='FILE.png', help='draw which classes are taken for which')
+    command.add_argument('--json', action='store_true', help='print a JSON object')
+
+
+def _add_data(commands: Any) -> None:
+    command = commands.add_parser(
+        'data',
+        help='prepare a data set',
+        description='Put a data set into the form that recipes and validate read; without --archive it is downloaded.',
+    )
+    command.set_defaults(run=_data)
+    command.add_argument('name', choices=list(DATA_SETS), metavar='NAME', help=', '.join(DATA_SETS))
+    command.add_argument('folder', metavar='DIR', help='data folder, in which the data set gets a folder of its own')
+    command.add_argument(
+        '--archive',
+        nargs='+',
+        default=[],
+        metavar='FILE',
+        help='files of the original, or a folder that holds them; speech_commands also as two archives, training data '
+        'first',
+    )
+
+
+def _add_train(commands: Any) -> None:
+    command = commands.add_parser(
+        'train',
+        help='train a sequence model',
+        description='Train a model on MNIST, Speech Commands or character trajectories; called again with the same '
+        'output, a stopped run continues.',
+    )
+    command.set_defaults(run=_train)
+    _add_data_dir(command, "what 'timm-smpconv data' made")
+    command.add_argument('--output', required=True, metavar='DIR', help='folder for checkpoint, log and weights')
+    command.add_argument('--config', metavar='FILE', help='recipe as YAML; the options below override its fields')
+    command.add_argument('--threads', type=_positive, metavar='N', help='CPU threads')
+    command.add_argument('--device', default='cpu', help='default: cpu')
+    command.add_argument(
+        '--recovery-interval',
+        type=int,
+        default=100,
+        metavar='STEPS',
+        help='steps between checkpoints within an epoch, 0 for none (default: 100)',
+    )
+    recipe = command.add_argument_group('recipe')
+    for field in dataclasses.fields(Recipe):
+        kind: Dict[str, Any] = dict(action=argparse.BooleanOptionalAction)
+        text = f'default without a config: {field.default}'
+        if not isinstance(field.type, type):
+            kind = dict(type=_keywords, metavar='JSON')
+            text = 'further arguments of the model, as a JSON object'
+        elif field.type is not bool:
+            kind = dict(type=field.type, metavar=field.type.__name__.upper())
+        recipe.add_argument('--' + field.name.replace('_', '-'), default=argparse.SUPPRESS, help=text, **kind)
+
+
+def _add_data_dir(command: argparse.ArgumentParser, text: str) -> None:
+    command.add_argument('--data', '--data-dir', dest='data_dir', required=True, metavar='DIR', help=text)
+
+
+def _keywords(text: str) -> Dict[str, Any]:
+    try:
+        keywords = json.loads(text)
+    except ValueError:
+        keywords = None
+    if not isinstance(keywords, dict):
+        raise argparse.ArgumentTypeError(f'expected a JSON object such as {{"dim": 16}}, got {text!r}')
+    return keywords
 
 
 def _positive(text: str) -> int:
@@ -216,74 +266,50 @@ def _row(info: ModelInfo) -> List[str]:
 
 
 def _validate(args: argparse.Namespace) -> int:
-    with _user_errors(ValueError):
+    with _user_errors(ValueError, OSError):
         check_known(args.model)
-        _check_mnist(args.model, 'validate')
-    with _user_errors(FileNotFoundError):
-        images, labels = load_mnist(args.data_dir, train=False)
-    model = _load(args)
-    hits = int((evaluate(model, images, labels, progress=sys.stderr.isatty()) == labels).sum())
-    total = len(labels)
-    low, high = _wilson(hits, total)
-    accuracy = 100 * hits / total
+        classes = timm.get_pretrained_cfg(args.model).num_classes
+        if args.confusion and classes > MAX_CLASSES:
+            raise ValueError(f'--confusion draws at most {MAX_CLASSES} classes, {args.model} has {classes}.')
+        try:
+            result = validate(args.model, args.data_dir, args.checkpoint_path, sys.stderr.isatty())
+        except RuntimeError as e:
+            raise _CommandError(f'{e} On this command line: --checkpoint-path PATH.') from e
+        hits, total = result.hits, result.total
+        low, high = wilson(hits, total)
+        accuracy = 100 * hits / total
+        summary = f'{hits} of {total} test samples right, {accuracy:.2f} %'
+        if args.confusion:
+            draw_confusion(result.confusion, result.names, f'{args.model}: {summary}', Path(args.confusion))
     if args.json:
         entry = dict(model=args.model, hits=hits, total=total, accuracy=accuracy, interval=[100 * low, 100 * high])
         print(json.dumps(entry, indent=2))
     else:
-        print(
-            f'{args.model}: {hits} of {total} MNIST test images right, {accuracy:.2f} % '
-            f'(95 % interval {100 * low:.2f} to {100 * high:.2f} %)'
-        )
+        print(f'{args.model}: {summary} (95 % interval {100 * low:.2f} to {100 * high:.2f} %)')
     return 0
 
 
-def _check_mnist(model: str, command: str) -> None:
-    if model.partition('.')[0] not in _MNIST_MODELS:
-        raise ValueError(
-            f'timm-smpconv {command} supports the MNIST models alone ({", ".join(_MNIST_MODELS)}) and not yet the data '
-            f"of {model}: for ImageNet and CIFAR folders use timm's own scripts."
-        )
-
-
-def _wilson(hits: int, total: int) -> Tuple[float, float]:
-    """95 % interval of a proportion: unlike the normal one it stays sensible near 100 %."""
-    z = 1.959964
-    p = hits / total
-    middle = p + z * z / (2 * total)
-    half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)
+def _data(args: argparse.Namespace) -> int:
+    with _user_errors(ValueError, OSError):
+        result = prepare(args.name, args.folder, args.archive, sys.stderr.isatty())
+    if result.new:
+        print(f'{result.path}: ' + ', '.join(f'{count} {part} samples' for part, count in result.counts.items()))
+    else:
+        print(f'{result.path}: already there')
+    return 0
 
 
 def _train(args: argparse.Namespace) -> int:
-    fields = {} if args.config is None else _read_recipe(Path(args.config))
-    fields.update({f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if hasattr(args, f.name)})
-    recipe = Recipe(**fields)
-    with _user_errors(ValueError):
+    with _user_errors(ValueError, OSError):
+        fields = {} if args.config is None else read_recipe(Path(args.config))
+        fields.update({f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if hasattr(args, f.name)})
+        recipe = Recipe(**fields)
         check_known(recipe.model)
-        _check_mnist(recipe.model, 'train')
+        check_trainable(recipe)
     if args.threads:
         torch.set_num_threads(args.threads)
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
-    with _user_errors(ValueError, OSError):
-        path = train(recipe, args.data_dir, args.output)
+    with logging_redirect_tqdm(), _user_errors(ValueError, OSError, FloatingPointError):
+        path = train(recipe, args.data_dir, args.output, True, args.recovery_interval, args.device)
     print(path)
     return 0
-
-
-def _read_recipe(path: Path) -> Dict[str, Any]:
-    with _user_errors(OSError):
-        text = path.read_text()
-    try:
-        fields = json.loads(text)
-    except ValueError as e:
-        raise _CommandError(f'{path} is not JSON: {e}.') from e
-    types = {field.name: field.type for field in dataclasses.fields(Recipe)}
-    if not isinstance(fields, dict):
-        raise _CommandError(f'{path} must hold a JSON object of the fields {", ".join(types)}.')
-    for name, value in fields.items():
-        if name not in types:
-            raise _CommandError(f'{path}: unknown field {name!r}, expected {", ".join(types)}.')
-        if type(value) is not types[name] and not (types[name] is float and type(value) is int):
-            raise _CommandError(f'{path}: {name} must be of type {types[name].__name__}, got {value!r}.')
-    return fields

@@ -12,7 +12,9 @@ from PIL import Image, ImageCms, ImageOps
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import nn
 
+from ._files import read_metadata
 from .catalog import model_names
+from .classes import CLASS_NAMES
 from .weights import WEIGHTS
 
 __all__ = [
@@ -25,11 +27,6 @@ __all__ = [
     'load_model',
     'predict_files',
 ]
-
-_DIGITS = tuple('0123456789')
-_CIFAR10 = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
-# by the tag of the weights; ImageNet's names come from timm
-_CLASS_NAMES = {'smnist': _DIGITS, 'pmnist': _DIGITS, 'c10': _CIFAR10, 'scifar10': _CIFAR10}
 
 # beyond this ratio of the sides only the middle of an image is resized: the centre crop that follows drops the rest
 _MAX_ASPECT = 16
@@ -116,11 +113,18 @@ def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None) ->
     path = Path(checkpoint_path)
     if not path.is_file():
         raise ValueError(f'No checkpoint at {path}: expected a file of weights (.safetensors, .pth, .pt ...).')
-    overlay = dict(file=str(path))
     try:
+        overlay = dict(file=str(path), **_carried_statistics(path))
         return timm.create_model(name, pretrained=True, inference_mode=True, pretrained_cfg_overlay=overlay).eval()
     except Exception as e:  # unpickling and conversion of a file of unknown contents fail in any way
         raise ValueError(f'Cannot load {path} into {name}: {_one_line(e)} Expected a checkpoint of this model.') from e
+
+
+def _carried_statistics(path: Path) -> Dict[str, Tuple[float, ...]]:
+    """How the input is normalised, if a file of weights says so, as those of `timm-smpconv train` do."""
+    if path.suffix != '.safetensors':
+        return {}
+    return {key: tuple(map(float, value)) for key, value in read_metadata(path).items() if key in ('mean', 'std')}
 
 
 def class_names(model: nn.Module) -> List[str]:
@@ -128,7 +132,7 @@ def class_names(model: nn.Module) -> List[str]:
     cfg = model.pretrained_cfg
     if cfg.get('tag') == 'in1k' and model.num_classes == 1000:
         return ImageNetInfo().label_descriptions()
-    names = _CLASS_NAMES.get(cfg.get('tag'), ())
+    names = CLASS_NAMES.get(cfg.get('tag'), ())
     return list(names) if len(names) == model.num_classes else [str(i) for i in range(model.num_classes)]
 
 

@@ -1,294 +1,359 @@
-"""Training of the sequence models whose data or augmentation timm's train.py lacks, built on timm's own pieces.
+"""Training of the networks whose data or augmentation timm's train.py lacks, built on timm's own pieces.
 
-A run is a function of its recipe: data order, augmentation and dropout of an epoch depend on the seed and the epoch
-alone, so that a run that was killed continues from its last complete epoch with the same result.
+A run is a function of its recipe: data order, augmentation and dropout follow from the seed, the epoch and the step
+alone. A run that was killed at any time continues from its last checkpoint with the same result, bit for bit.
 """
 
 import csv
-import dataclasses
-import json
+import hashlib
 import logging
-import os
+import math
+import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Tuple, Union
+from typing import Dict, List, Optional, Sequence, Tuple, Union
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
-from torchvision.datasets import MNIST
 from tqdm import tqdm
 
-__all__ = ['Recipe', 'augment_digits', 'evaluate', 'load_mnist', 'train']
+from ._files import atomic_path, save_tensors, write_text
+from .data import Samples
+from .recipe import Recipe, read_recipe, recipe_text
+from .tasks import TASKS, Task, channel_statistics, normalize, split
+
+__all__ = ['check_trainable', 'evaluate', 'train']
 
 _logger = logging.getLogger(__name__)
 
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """Hyper-parameters of a run; names as in timm's train.py.
-
-    Attributes:
-        model: Registered model name.
-        epochs: Passes over the training images.
-        batch_size: Images per step.
-        opt: Optimizer, one of timm's.
-        lr: Learning rate after the warm-up; the radii learn at a tenth of it.
-        min_lr: Learning rate at the end of the cosine.
-        warmup_epochs: Epochs of linear warm-up.
-        weight_decay: Weight decay of everything but points, biases and norms.
-        drop: Dropout rate within the blocks.
-        input_drop_rate: Dropout rate of the input.
-        smoothing: Label smoothing.
-        model_ema_decay: Decay of the weight average that is evaluated and kept, 0 for none.
-        augment: Rotate, shift, scale and erase the training images.
-        val_images: Training images held out to watch the run; never test images.
-        seed: Seed of initial weights, data order, augmentation and dropout.
-    """
-
-    model: str = 'smpconv_seq_mnist'
-    epochs: int = 6
-    batch_size: int = 64
-    opt: str = 'adam'
-    lr: float = 1e-3
-    min_lr: float = 1e-6
-    warmup_epochs: int = 1
-    weight_decay: float = 1e-5
-    drop: float = 0.0
-    input_drop_rate: float = 0.1
-    smoothing: float = 0.0
-    model_ema_decay: float = 0.999
-    augment: bool = True
-    val_images: int = 5000
-    seed: int = 0
+_CHECKPOINT_VERSION = 2
 
 
-def load_mnist(root: Union[str, Path], train: bool) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Reads MNIST from its IDX files, in ROOT/MNIST/raw as torchvision keeps them.
-
-    Args:
-        root: Data folder.
-        train: The 60,000 training images, or the 10,000 test images.
-
-    Returns:
-        Images (N, 1, 28, 28), uint8, and labels (N,).
+def check_trainable(recipe: Recipe) -> Task:
+    """The task of a recipe's model.
 
     Raises:
-        FileNotFoundError: The files are not there.
+        ValueError: timm's train.py trains this model, or the recipe has options that its task lacks.
     """
-    try:
-        data = MNIST(str(root), train=train, download=False)
-    except RuntimeError as e:
-        raise FileNotFoundError(
-            f'No MNIST under {root}: expected the unpacked IDX files (train-images-idx3-ubyte ...) in '
-            f'{Path(root) / "MNIST" / "raw"}.'
-        ) from e
-    return data.data.unsqueeze(1), data.targets
+    architecture = recipe.model.partition('.')[0]
+    if architecture not in TASKS:
+        raise ValueError(
+            f"timm-smpconv train is for {', '.join(TASKS)}. timm's own train.py trains {architecture}: "
+            f'recipes/{architecture}.yaml begins with the command.'
+        )
+    task, default = TASKS[architecture], Recipe()
+    for name in sorted(set().union(*(other.options for other in TASKS.values())) - task.options):
+        value = getattr(recipe, name)
+        if value and value != getattr(default, name):
+            raise ValueError(f'{name}={value!r} has no effect on {architecture}, which knows {_listed(task.options)}.')
+    return task
 
 
-def augment_digits(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Augments digits as the reference does: each of four operations with probability 0.5.
-
-    Rotation by up to 30 degrees, shift by up to 2 of 28 pixels, scale 0.75 to 1, and erasing of a 4 x 4 patch.
-
-    Args:
-        images: Images with background 0, (B, C, H, W), float.
-        generator: Source of all randomness.
-
-    Returns:
-        Augmented images of the same shape.
-    """
-    count, _, height, width = images.shape
-
-    def uniform(low: float, high: float, neutral: float) -> torch.Tensor:
-        value = low + (high - low) * torch.rand(count, generator=generator)
-        return torch.where(torch.rand(count, generator=generator) < 0.5, value, torch.full((), neutral))
-
-    angle = uniform(-30.0, 30.0, 0.0).deg2rad()
-    shift_x, shift_y = uniform(-4 / 28, 4 / 28, 0.0), uniform(-4 / 28, 4 / 28, 0.0)  # in half widths
-    scale = uniform(0.75, 1.0, 1.0)
-    # affine_grid maps outputs to inputs: inverse rotation, inverse scale
-    cos, sin = angle.cos() / scale, angle.sin() / scale
-    theta = torch.stack([torch.stack([cos, sin, shift_x], 1), torch.stack([-sin, cos, shift_y], 1)], 1)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    images = F.grid_sample(images, grid, align_corners=False)
-
-    top = torch.randint(0, height - 3, (count, 1, 1), generator=generator)
-    left = torch.randint(0, width - 3, (count, 1, 1), generator=generator)
-    erase = torch.rand(count, 1, 1, generator=generator) < 0.5
-    rows, cols = torch.arange(height).reshape(1, -1, 1), torch.arange(width).reshape(1, 1, -1)
-    patch = erase & (rows >= top) & (rows < top + 4) & (cols >= left) & (cols < left + 4)
-    return images.masked_fill(patch.unsqueeze(1), 0.0)
-
-
-def _normalize(images: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    cfg = model.pretrained_cfg
-    return (images - torch.tensor(cfg['mean']).reshape(1, -1, 1, 1)) / torch.tensor(cfg['std']).reshape(1, -1, 1, 1)
+def _listed(names: Sequence[str]) -> str:
+    return ', '.join(sorted(names))
 
 
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    batch_size: int = 250,
+    samples: Samples,
+    task: Task,
+    batch_size: Optional[int] = None,
     progress: bool = True,
 ) -> torch.Tensor:
-    """Predicted classes of raw images.
+    """Predicted classes.
 
     Args:
         model: Network, with the pretrained_cfg that says how its input is normalised.
-        images: Images, (N, C, H, W), uint8.
-        labels: Labels, (N,), for the running accuracy.
-        batch_size: Images per forward pass.
+        samples: Stored samples, with labels for the running accuracy.
+        task: What turns them into inputs.
+        batch_size: Samples per forward pass; None for what fits any machine.
         progress: Show a progress bar.
 
     Returns:
         Predictions, (N,).
     """
     model.eval()
-    predictions = []
-    hits = 0
-    bar = tqdm(range(0, len(images), batch_size), desc='evaluate', disable=not progress, leave=False)
-    for start in bar:
-        part = images[start : start + batch_size].float() / 255
-        predictions.append(model(_normalize(part, model)).argmax(1))
-        hits += (predictions[-1] == labels[start : start + batch_size]).sum().item()
-        bar.set_postfix(accuracy=f'{hits / min(start + batch_size, len(images)):.4f}')
+    cfg = model.pretrained_cfg
+    device = next(model.parameters()).device
+    batch_size = batch_size or max(1, 200_000 // math.prod(cfg['input_size'][1:]))
+    predictions = [torch.empty(0, dtype=torch.long)]
+    hits = seen = 0
+    bar = tqdm(total=len(samples), desc='evaluate', unit='sample', disable=not progress, leave=False)
+    for start in range(0, len(samples), batch_size):
+        part = samples[start : start + batch_size]
+        x = normalize(task.inputs(part.inputs, None, None), cfg['mean'], cfg['std'])
+        predictions.append(model(x.to(device)).argmax(1).cpu())
+        hits += int((predictions[-1] == part.labels).sum())
+        seen += len(part)
+        bar.set_postfix(accuracy=f'{hits / seen:.4f}', refresh=False)
+        bar.update(len(part))
+    bar.close()
     return torch.cat(predictions)
 
 
-def _batches(
-    recipe: Recipe, epoch: int, images: torch.Tensor, labels: torch.Tensor
-) -> Iterator[Tuple[torch.Tensor, ...]]:
-    generator = torch.Generator().manual_seed(recipe.seed * 100_003 + epoch)
-    torch.manual_seed(recipe.seed * 100_003 + epoch)  # dropout
-    order = torch.randperm(len(images), generator=generator)
-    for index in order[: len(order) // recipe.batch_size * recipe.batch_size].split(recipe.batch_size):
-        batch = images[index].float() / 255
-        yield augment_digits(batch, generator) if recipe.augment else batch, labels[index]
+def _seed(*numbers: int) -> int:
+    """A seed that is unlike those of neighbouring numbers."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], 'big')
 
 
-def _save_atomically(checkpoint: Dict[str, Any], path: Path) -> None:
-    part = path.with_suffix('.part')
-    torch.save(checkpoint, part)
-    os.replace(part, path)
+class _Run:
+    """All that changes in the course of a run, and the checkpoint that holds it."""
+
+    def __init__(self, recipe: Recipe, task: Task, samples: Samples, output: Path, device: torch.device):
+        self.recipe, self.output, self.device = recipe, output, device
+        self.steps_per_epoch = len(samples) // recipe.batch_size
+        torch.manual_seed(recipe.seed)
+        self.model = timm.create_model(
+            recipe.model,
+            drop_rate=recipe.drop,
+            drop_path_rate=recipe.drop_path,
+            input_drop_rate=recipe.input_drop_rate,
+            **recipe.model_kwargs,
+        ).to(device)
+        self.ema: Optional[ModelEmaV3] = None
+        if recipe.model_ema_decay:
+            self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay, use_warmup=True)
+        self.optimizer = create_optimizer_v2(self.model, recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            'cosine',
+            num_epochs=recipe.epochs,
+            warmup_epochs=recipe.warmup_epochs,
+            warmup_lr=recipe.min_lr,
+            min_lr=recipe.min_lr,
+            warmup_prefix=False,
+            step_on_epochs=False,
+            updates_per_epoch=self.steps_per_epoch,
+        )
+        self.step = 0  # complete ones
+        self.loss_sum, self.hits, self.seconds = 0.0, 0, 0.0  # of the epoch
+        self.rows: List[Dict[str, str]] = []  # of the log
+        cfg = self.model.pretrained_cfg
+        self.mean, self.std = [float(v) for v in cfg['mean']], [float(v) for v in cfg['std']]
+        if not self._resume() and task.measured:
+            self.mean, self.std = channel_statistics(samples, task)
+        cfg['mean'], cfg['std'] = tuple(self.mean), tuple(self.std)
+        if self.ema:
+            self.ema.module.pretrained_cfg = cfg
+
+    @property
+    def final(self) -> nn.Module:
+        """The network that is evaluated and kept."""
+        return self.ema.module if self.ema else self.model
+
+    @property
+    def _checkpoint_path(self) -> Path:
+        return self.output / 'checkpoint.pt'
+
+    def _resume(self) -> bool:
+        path = self._checkpoint_path
+        if not path.exists():
+            return False
+        try:
+            checkpoint = torch.load(path, map_location=self.device, weights_only=True)
+            if checkpoint.get('version') != _CHECKPOINT_VERSION:
+                raise ValueError('it is of another version of this package')
+            self.model.load_state_dict(checkpoint['state_dict'])
+            self.optimizer.load_state_dict(checkpoint['optimizer'])
+            if self.ema:
+                self.ema.module.load_state_dict(checkpoint['state_dict_ema'])
+            for name in ('step', 'loss_sum', 'hits', 'seconds', 'rows', 'mean', 'std'):
+                setattr(self, name, checkpoint[name])
+        except Exception as e:  # a damaged file makes torch.load raise almost anything
+            raise ValueError(f'Cannot continue from {path} ({e}): delete it to start over.') from e
+        _logger.info('Continuing %s after step %d.', self.output, self.step)
+        return True
+
+    def save(self) -> None:
+        """Writes the checkpoint and, from the rows in it, the log."""
+        with atomic_path(self._checkpoint_path) as part:
+            torch.save(
+                dict(
+                    version=_CHECKPOINT_VERSION,
+                    arch=self.recipe.model,
+                    state_dict=self.model.state_dict(),
+                    state_dict_ema=self.ema.module.state_dict() if self.ema else None,
+                    optimizer=self.optimizer.state_dict(),
+                    step=self.step,
+                    loss_sum=self.loss_sum,
+                    hits=self.hits,
+                    seconds=self.seconds,
+                    rows=self.rows,
+                    mean=self.mean,
+                    std=self.std,
+                ),
+                part,
+            )
+        self.write_log()
+
+    def write_log(self) -> None:
+        """Writes the log as the rows have it, so that a killed run neither loses nor doubles one."""
+        if self.rows:
+            with atomic_path(self.output / 'log.csv') as part, part.open('w', newline='') as file:
+                writer = csv.DictWriter(file, list(self.rows[0]))
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+    def train_step(self, x: torch.Tensor, target: torch.Tensor, labels: torch.Tensor) -> None:
+        """One update from normalised inputs and class indices or probabilities; `labels` are for the accuracy."""
+        recipe = self.recipe
+        self.scheduler.step_update(self.step)
+        logits = self.model(x)
+        loss = F.cross_entropy(logits, target, label_smoothing=recipe.smoothing)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if recipe.clip_grad:
+            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
+        self.optimizer.step()
+        if self.ema:
+            self.ema.update(self.model, step=self.step)
+        self.loss_sum += loss.item()
+        self.hits += int((logits.argmax(1) == labels).sum())
+        self.step += 1
+        if not math.isfinite(self.loss_sum):
+            raise FloatingPointError(f'The loss is {loss.item()} in step {self.step}: lower lr, or set clip_grad.')
+
+    def end_epoch(self, val_accuracy: Optional[float]) -> None:
+        """Adds a row to the log and starts the sums again."""
+        steps, count = self.steps_per_epoch, self.steps_per_epoch * self.recipe.batch_size
+        row = dict(
+            epoch=str(self.step // steps),
+            lr=f'{self.optimizer.param_groups[0]["lr"]:.3e}',
+            train_loss=f'{self.loss_sum / steps:.5f}',
+            train_accuracy=f'{self.hits / count:.5f}',
+            val_accuracy='' if val_accuracy is None else f'{val_accuracy:.5f}',
+            seconds=f'{self.seconds:.1f}',
+            samples_per_second=f'{count / max(self.seconds, 1e-9):.1f}',
+            seed=str(self.recipe.seed),
+        )
+        self.rows.append(row)
+        self.loss_sum, self.hits, self.seconds = 0.0, 0, 0.0
+        _logger.info('%s', ', '.join(f'{key} {value}' for key, value in row.items()))
 
 
-def train(recipe: Recipe, data_dir: Union[str, Path], output: Union[str, Path], progress: bool = True) -> Path:
-    """Trains a model on MNIST, from scratch or from where an earlier call with the same output stopped.
+def train(
+    recipe: Recipe,
+    data_dir: Union[str, Path],
+    output: Union[str, Path],
+    progress: bool = True,
+    recovery_interval: int = 100,
+    device: Union[str, torch.device] = 'cpu',
+) -> Path:
+    """Trains a model, from scratch or from where an earlier call with the same output stopped.
 
     Args:
         recipe: Hyper-parameters.
-        data_dir: Folder that holds MNIST/raw.
-        output: Folder for checkpoint.pt, log.csv, recipe.json and, at the end, model.safetensors.
+        data_dir: Folder that holds what `timm-smpconv data` made.
+        output: Folder for checkpoint.pt, log.csv, recipe.yaml and, at the end, model.safetensors and config.json, which
+            timm.create_model('local-dir:OUTPUT', pretrained=True) loads.
         progress: Show progress bars.
+        recovery_interval: Steps between checkpoints within an epoch, 0 for none; there is one after each epoch.
+        device: Device to train on. Runs repeat bit for bit on a CPU with the same number of threads.
 
     Returns:
-        Path of the final weights.
+        Path of the final weights: the average if the recipe has one.
 
     Raises:
         FileNotFoundError: The data are not there.
-        ValueError: The output folder belongs to another recipe.
+        ValueError: The recipe or the data do not fit, or the output folder belongs to another recipe.
+        FloatingPointError: The loss is not finite.
     """
     output = Path(output)
-    images, labels = load_mnist(data_dir, train=True)
-    split = len(images) - recipe.val_images
-    images, val_images = images[:split], images[split:]
-    labels, val_labels = labels[:split], labels[split:]
+    task = check_trainable(recipe)
+    samples, held = split(task.load(data_dir, True), recipe, task)
+    recipe_path = output / 'recipe.yaml'
+    if recipe_path.exists():
+        if Recipe(**read_recipe(recipe_path)) != recipe:
+            raise ValueError(f'{output} holds a run of another recipe ({recipe_path}): choose another output folder.')
+    elif (output / 'checkpoint.pt').exists():
+        raise ValueError(f'{output} holds a run without its {recipe_path.name}: choose another output folder.')
+    else:
+        write_text(recipe_path, recipe_text(recipe))
 
-    output.mkdir(parents=True, exist_ok=True)
-    recipe_path, checkpoint_path, log_path = output / 'recipe.json', output / 'checkpoint.pt', output / 'log.csv'
-    fields = dataclasses.asdict(recipe)
-    if recipe_path.exists() and json.loads(recipe_path.read_text()) != fields:
-        raise ValueError(f'{output} holds a run of another recipe ({recipe_path}): choose another output folder.')
-    if not recipe_path.exists():
-        recipe_path.with_suffix('.part').write_text(json.dumps(fields, indent=2) + '\n')
-        os.replace(recipe_path.with_suffix('.part'), recipe_path)
-
-    torch.manual_seed(recipe.seed)
-    model = timm.create_model(recipe.model, drop_rate=recipe.drop, input_drop_rate=recipe.input_drop_rate)
-    ema: Optional[ModelEmaV3] = None
-    if recipe.model_ema_decay:
-        ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=True)
-    optimizer = create_optimizer_v2(model, recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    steps = len(images) // recipe.batch_size
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        'cosine',
-        num_epochs=recipe.epochs,
-        warmup_epochs=recipe.warmup_epochs,
-        warmup_lr=recipe.min_lr,
-        min_lr=recipe.min_lr,
-        warmup_prefix=False,
-        step_on_epochs=False,
-        updates_per_epoch=steps,
+    run = _Run(recipe, task, samples, output, torch.device(device))
+    run.write_log()
+    steps, batch_size = run.steps_per_epoch, recipe.batch_size
+    bar = tqdm(
+        total=recipe.epochs * steps * batch_size,
+        initial=run.step * batch_size,
+        unit='sample',
+        unit_scale=True,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        disable=not progress,
     )
-    first = 0
-    if checkpoint_path.exists():
-        checkpoint = torch.load(checkpoint_path, weights_only=True)
-        model.load_state_dict(checkpoint['state_dict'])
-        optimizer.load_state_dict(checkpoint['optimizer'])
-        if ema:
-            ema.module.load_state_dict(checkpoint['state_dict_ema'])
-        first = checkpoint['epoch']
-        _logger.info('Continuing %s after epoch %d.', output, first)
+    with bar:
+        while run.step < recipe.epochs * steps:
+            epoch = run.step // steps
+            bar.set_description(f'epoch {epoch + 1}/{recipe.epochs}', refresh=False)
+            order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(_seed(recipe.seed, epoch)))
+            _train_epoch(run, task, samples, order, recovery_interval, bar)
+            accuracy = None
+            if len(held):
+                predictions = evaluate(run.final, held, task, progress=progress and sys.stderr.isatty())
+                accuracy = (predictions == held.labels).float().mean().item()
+            run.end_epoch(accuracy)
+            run.save()
+    return _write_result(run)
 
-    for epoch in range(first, recipe.epochs):
-        model.train()
-        start, loss_sum, hits = time.monotonic(), 0.0, 0
-        bar = tqdm(
-            _batches(recipe, epoch, images, labels), total=steps, desc=f'epoch {epoch + 1}', disable=not progress
-        )
-        for i, (batch, target) in enumerate(bar):
-            update = epoch * steps + i
-            scheduler.step_update(update)
-            logits = model(_normalize(batch, model))
-            loss = F.cross_entropy(logits, target, label_smoothing=recipe.smoothing)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if ema:
-                ema.update(model, step=update)
-            loss_sum += loss.item()
-            hits += (logits.argmax(1) == target).sum().item()
-            bar.set_postfix(loss=f'{loss_sum / (i + 1):.4f}', accuracy=f'{hits / (i + 1) / recipe.batch_size:.4f}')
-        seconds = time.monotonic() - start
-        final = ema.module if ema else model
-        val_hits = evaluate(final, val_images, val_labels, progress=progress) == val_labels
-        row = dict(
-            epoch=epoch + 1,
-            lr=f'{optimizer.param_groups[0]["lr"]:.3e}',
-            train_loss=f'{loss_sum / steps:.5f}',
-            train_accuracy=f'{hits / steps / recipe.batch_size:.5f}',
-            val_accuracy=f'{val_hits.float().mean():.5f}',
-            seconds=f'{seconds:.0f}',
-        )
-        _save_atomically(
-            dict(
-                state_dict=model.state_dict(),
-                state_dict_ema=ema.module.state_dict() if ema else None,
-                optimizer=optimizer.state_dict(),
-                epoch=epoch + 1,
-                arch=recipe.model,
-            ),
-            checkpoint_path,
-        )
-        write_header = not log_path.exists()
-        with log_path.open('a', newline='') as f:
-            writer = csv.DictWriter(f, list(row))
-            if write_header:
-                writer.writeheader()
-            writer.writerow(row)
-        _logger.info('%s', row)
 
-    path = output / 'model.safetensors'
-    final = ema.module if ema else model
-    save_file(final.state_dict(), path.with_suffix('.part'))
-    os.replace(path.with_suffix('.part'), path)
+def _train_epoch(
+    run: _Run, task: Task, samples: Samples, order: torch.Tensor, recovery_interval: int, bar: tqdm
+) -> None:
+    """The rest of an epoch."""
+    recipe, steps = run.recipe, run.steps_per_epoch
+    run.model.train()
+    epoch, first = divmod(run.step, steps)
+    for i in range(first, steps):
+        start = time.monotonic()
+        seed = _seed(recipe.seed, epoch, i)
+        torch.manual_seed(seed)  # dropout
+        part = samples[order[i * recipe.batch_size : (i + 1) * recipe.batch_size]]
+        x = task.inputs(part.inputs, recipe, torch.Generator().manual_seed(_seed(seed)))
+        x = normalize(x, run.mean, run.std)
+        target = part.labels
+        if recipe.mixup:
+            x, target = _mix(x, target, run.model.num_classes, np.random.default_rng(seed), recipe.mixup)
+        run.train_step(*(tensor.to(run.device) for tensor in (x, target, part.labels)))
+        run.seconds += time.monotonic() - start
+        done = i + 1
+        bar.set_postfix(
+            loss=f'{run.loss_sum / done:.4f}', accuracy=f'{run.hits / done / recipe.batch_size:.4f}', refresh=False
+        )
+        bar.update(recipe.batch_size)
+        if recovery_interval and done < steps and run.step % recovery_interval == 0:
+            run.save()
+
+
+def _mix(
+    x: torch.Tensor, labels: torch.Tensor, num_classes: int, rng: np.random.Generator, alpha: float
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Mixup: each sample with the one at its place in the reversed batch; its own share is the larger."""
+    share = torch.from_numpy(rng.beta(alpha, alpha, len(x))).float()
+    share = torch.maximum(share, 1 - share)
+    target = F.one_hot(labels, num_classes).float()
+    target = torch.lerp(target.flip(0), target, share.unsqueeze(1))
+    return torch.lerp(x.flip(0), x, share.reshape(-1, *(1,) * (x.ndim - 1))), target
+
+
+def _write_result(run: _Run) -> Path:
+    """Weights and configuration in timm's layout of a model folder."""
+    recipe = run.recipe
+    model = timm.create_model(recipe.model, **recipe.model_kwargs)
+    model.load_state_dict(run.final.state_dict())
+    model.pretrained_cfg.update(mean=tuple(run.mean), std=tuple(run.std))
+    with atomic_path(run.output / 'config.json') as part:
+        save_config_for_hf(model, str(part), model_args=recipe.model_kwargs or None)
+    path = run.output / 'model.safetensors'
+    # a file on its own says how its input is normalised
+    metadata = dict(architecture=model.pretrained_cfg['architecture'], mean=run.mean, std=run.std)
+    save_tensors(path, model.state_dict(), metadata)
     return path

@@ -1,0 +1,128 @@
+"""Recipes: the hyper-parameters of `timm-smpconv train`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Dict
+
+import yaml
+
+__all__ = ['Recipe', 'read_recipe', 'recipe_text']
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters of a run; names as in timm's train.py where it has them.
+
+    Attributes:
+        model: Registered model name.
+        epochs: Passes over the training data.
+        batch_size: Samples per step.
+        opt: Optimizer, one of timm's.
+        lr: Learning rate after the warm-up; the radii learn at a tenth of it.
+        min_lr: Learning rate at the end of the cosine.
+        warmup_epochs: Epochs of linear warm-up.
+        weight_decay: Weight decay of everything but points, biases and norms.
+        clip_grad: Largest norm of the gradient, 0 for no limit.
+        drop: Dropout rate within the blocks.
+        drop_path: Largest rate of stochastic depth.
+        input_drop_rate: Dropout rate of the input.
+        smoothing: Label smoothing.
+        mixup: Alpha of mixup, 0 for none.
+        model_ema_decay: Decay of the weight average that is evaluated and kept, 0 for none.
+        augment: MNIST: rotate, shift, scale and erase the training images.
+        time_shift: Speech: shift by up to so many seconds.
+        speed: Speech: play faster or slower by up to this fraction.
+        gain: Speech: amplify or attenuate by up to so many decibels.
+        noise: Speech: add white noise of up to this standard deviation, where 1 is full scale.
+        time_mask: Speech as MFCC: widest mask over frames.
+        freq_mask: Speech as MFCC: widest mask over mel bands.
+        masks: Speech as MFCC: masks of each kind.
+        val_images: MNIST: training images held out to watch the run; never test images.
+        val_percent: Other data: percentage of the speakers, or of the trajectories, held out.
+        seed: Seed of initial weights, data order, augmentation and dropout.
+        model_kwargs: Further arguments of the model.
+    """
+
+    model: str = 'smpconv_seq_mnist'
+    epochs: int = 6
+    batch_size: int = 64
+    opt: str = 'adam'
+    lr: float = 1e-3
+    min_lr: float = 1e-6
+    warmup_epochs: int = 1
+    weight_decay: float = 1e-5
+    clip_grad: float = 0.0
+    drop: float = 0.0
+    drop_path: float = 0.0
+    input_drop_rate: float = 0.1
+    smoothing: float = 0.0
+    mixup: float = 0.0
+    model_ema_decay: float = 0.999
+    augment: bool = True
+    time_shift: float = 0.0
+    speed: float = 0.0
+    gain: float = 0.0
+    noise: float = 0.0
+    time_mask: int = 0
+    freq_mask: int = 0
+    masks: int = 1
+    val_images: int = 5000
+    val_percent: int = 15
+    seed: int = 0
+    model_kwargs: Dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ('epochs', 1, None),
+            ('batch_size', 1, None),
+            ('warmup_epochs', 0, None),
+            ('model_ema_decay', 0, 1),
+            ('speed', 0, 0.9),
+            ('masks', 0, None),
+            ('val_images', 0, None),
+            ('val_percent', 0, 99),
+        ):
+            value = getattr(self, name)
+            if value < low or (high is not None and value > high):
+                limits = f'at least {low}' if high is None else f'from {low} to {high}'
+                raise ValueError(f'{name} must be {limits}, got {value!r}.')
+
+
+def read_recipe(path: Path) -> Dict[str, Any]:
+    """Reads the fields of a recipe from YAML; JSON is YAML too.
+
+    Args:
+        path: File.
+
+    Returns:
+        Fields that the file gives, with values of the right types.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not YAML, or has unknown fields or wrong values.
+    """
+    try:
+        fields = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ValueError(f'{path} is not YAML: {e}.') from e
+    types = {field.name: field.type for field in dataclasses.fields(Recipe)}
+    if not isinstance(fields, dict):
+        raise ValueError(f'{path} must hold the fields of a recipe: {", ".join(types)}.')
+    for name, value in fields.items():
+        if name not in types:
+            raise ValueError(f'{path}: unknown field {name!r}, expected {", ".join(types)}.')
+        kind = types[name] if isinstance(types[name], type) else dict
+        if kind is float and type(value) in (int, str):  # YAML takes 1e-3, without a point, for text
+            try:
+                fields[name] = value = float(value)
+            except ValueError:
+                pass
+        if type(value) is not kind:
+            raise ValueError(f'{path}: {name} must be of type {kind.__name__}, got {value!r}.')
+    return fields
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe with all its fields as YAML."""
+    return ''.join(f'{name}: {json.dumps(value)}\n' for name, value in dataclasses.asdict(recipe).items())

@@ -1,0 +1,155 @@
+"""Accuracy of any model of this package on test data."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple, Union
+
+import timm
+import torch
+from timm.data import ImageDataset, ImageNetInfo, create_loader, resolve_data_config
+from torch import nn
+from tqdm import tqdm
+
+from .classes import CLASS_NAMES
+from .predict import check_known, class_names, load_model
+from .tasks import TASKS
+from .train import evaluate
+
+__all__ = ['Measurement', 'validate', 'wilson']
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Predictions of a model for all test data.
+
+    Attributes:
+        model: Name of the model.
+        predictions: Predicted classes, (N,).
+        labels: True classes, (N,).
+        names: Names of the classes.
+    """
+
+    model: str
+    predictions: torch.Tensor
+    labels: torch.Tensor
+    names: List[str]
+
+    @property
+    def total(self) -> int:
+        """Number of samples."""
+        return len(self.labels)
+
+    @property
+    def hits(self) -> int:
+        """Samples whose prediction is right."""
+        return int((self.predictions == self.labels).sum())
+
+    @property
+    def confusion(self) -> torch.Tensor:
+        """Samples of each true class (row) that were taken for each class (column)."""
+        count = len(self.names)
+        return torch.bincount(self.labels * count + self.predictions, minlength=count * count).reshape(count, count)
+
+
+def wilson(hits: int, total: int) -> Tuple[float, float]:
+    """95 % interval of a proportion: unlike the normal one it stays sensible near 100 %."""
+    z = 1.959964
+    p = hits / total
+    middle = p + z * z / (2 * total)
+    half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)
+
+
+def validate(
+    name: str,
+    data_dir: Union[str, Path],
+    checkpoint_path: Optional[Union[str, Path]] = None,
+    progress: bool = True,
+) -> Measurement:
+    """Runs a model over its test data.
+
+    Args:
+        name: `name` or `name.tag` of a model of this package.
+        data_dir: What `timm-smpconv data` made; for ImageNet and CIFAR-10 a folder of class folders, or one that holds
+            it as test, val, validation or cifar10/test.
+        checkpoint_path: Weights to use in place of the model's own.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: The model is unknown, or weights or data do not fit.
+        FileNotFoundError: The data are not there.
+        RuntimeError: The model has no weights.
+    """
+    check_known(name)
+    task = TASKS.get(name.partition('.')[0])
+    if task:
+        samples = task.load(data_dir, False)
+        model = load_model(name, checkpoint_path)
+        predictions = evaluate(model, samples, task, progress=progress)
+        return Measurement(name, predictions, samples.labels, class_names(model))
+    dataset = _image_folder(name, Path(data_dir))
+    model = load_model(name, checkpoint_path)
+    predictions, labels = _evaluate_images(model, dataset, progress)
+    return Measurement(name, predictions, labels, class_names(model))
+
+
+def _image_folder(name: str, root: Path) -> ImageDataset:
+    cfg = timm.get_pretrained_cfg(name)
+    known: List[str] = list(CLASS_NAMES.get(cfg.tag, ())) or ImageNetInfo().label_names()
+    choices = ('cifar10/test',) * (cfg.tag in CLASS_NAMES) + ('test', 'val', 'validation', '')
+    indices: Dict[str, int] = {label: i for i, label in enumerate(known)}
+    for folder in (root / choice for choice in choices):
+        if not folder.is_dir():
+            continue
+        found = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        if not set(found) & set(known):
+            continue
+        strange = [label for label in found if label not in indices]
+        if strange:
+            raise ValueError(f'{folder / strange[0]} is not a class of {name}, which knows {_some(known)}.')
+        try:
+            return ImageDataset(str(folder), class_map=indices)
+        except RuntimeError as e:
+            raise FileNotFoundError(' '.join(str(e).split())) from e
+    raise FileNotFoundError(
+        f'No test images under {root}: expected one folder for each class ({_some(known)}) in it or in its folder '
+        f'{", ".join(choice for choice in choices if choice)}.'
+        + (' For CIFAR-10: timm-smpconv data cifar10 DIR.' if cfg.tag in CLASS_NAMES else '')
+    )
+
+
+def _some(names: List[str]) -> str:
+    return ', '.join(names if len(names) <= 10 else [*names[:3], '...', names[-1]])
+
+
+@torch.inference_mode()
+def _evaluate_images(model: nn.Module, dataset: ImageDataset, progress: bool) -> Tuple[torch.Tensor, torch.Tensor]:
+    cfg = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+    loader = create_loader(
+        dataset,
+        input_size=cfg['input_size'],
+        batch_size=max(1, 100_000 // math.prod(cfg['input_size'][1:])),
+        interpolation=cfg['interpolation'],
+        mean=cfg['mean'],
+        std=cfg['std'],
+        crop_pct=cfg['crop_pct'],
+        crop_mode=cfg['crop_mode'],
+        num_workers=0,
+        persistent_workers=False,
+        use_prefetcher=False,
+        device=torch.device('cpu'),
+    )
+    predictions, labels = [], []
+    hits = seen = 0
+    bar = tqdm(total=len(dataset), desc='evaluate', unit='image', disable=not progress, leave=False)
+    for x, target in loader:
+        predictions.append(model(x).argmax(1))
+        labels.append(target)
+        hits += int((predictions[-1] == target).sum())
+        seen += len(target)
+        bar.set_postfix(accuracy=f'{hits / seen:.4f}', refresh=False)
+        bar.update(len(target))
+    bar.close()
+    return torch.cat(predictions), torch.cat(labels)
