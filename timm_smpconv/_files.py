@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import tempfile
+import time
 from pathlib import Path
 from typing import Any, Dict, Iterator
 
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 __all__ = ['atomic_path', 'read_metadata', 'save_tensors', 'write_text']
 
 _KEY = 'timm_smpconv'
+_STALE = 86400.0  # seconds after which nobody writes to a temporary file any more
 
 
 @contextlib.contextmanager
@@ -23,14 +26,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path: File to write; its folder is made.
 
     Yields:
-        Temporary file beside it, with the suffix .part.
+        Empty temporary file beside it, of this call alone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + '.part')
+    for left in path.parent.glob(f'.{path.name}.*.part'):  # by processes that were killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _STALE:
+                left.unlink()
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.part')
+    os.close(handle)
+    part = Path(name)
     try:
         yield part
         with part.open('rb') as file:
             os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)  # the mode of temporary files hides them from all other users
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -43,7 +55,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_tensors(path: Path, tensors: Dict[str, torch.Tensor], metadata: Dict[str, Any]) -> None:
-    """Writes a safetensors file atomically, readable for whom the umask allows.
+    """Writes a safetensors file atomically.
 
     Args:
         path: File to write.
@@ -53,10 +65,7 @@ def save_tensors(path: Path, tensors: Dict[str, torch.Tensor], metadata: Dict[st
     # one entry, because safetensors writes several in random order: equal contents shall be equal files
     text = {_KEY: json.dumps(metadata)}
     with atomic_path(path) as part:
-        part.touch()
-        mode = part.stat().st_mode
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, metadata=text)
-        part.chmod(mode & 0o777)  # safetensors may have made it private
 
 
 def read_metadata(path: Path) -> Dict[str, Any]:

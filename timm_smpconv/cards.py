@@ -1,14 +1,14 @@
 """Texts made from the table of weights: the model table of the documents, and a card for each model on the Hub."""
 
-import math
-from typing import Optional, Tuple
+from typing import Optional
 
 from torch import nn
 
 from .catalog import describe_models
+from .validate import wilson
 from .weights import WEIGHTS, Weights, hub_repo
 
-__all__ = ['CITATION', 'evaluation_table', 'model_card', 'model_table', 'replace_section', 'wilson_interval']
+__all__ = ['CITATION', 'evaluation_table', 'model_card', 'model_table', 'replace_section']
 
 CITATION = """\
 @inproceedings{kim2023smpconv,
@@ -41,16 +41,6 @@ _NOT_FOR = {
     'ct': 'identification of writers or reading of documents: it knows twenty letters from one writer',
     'in1k': 'decisions about people, or anything where a mistake does harm: it has the biases of ImageNet',
 }
-
-
-def wilson_interval(correct: int, tested: int) -> Tuple[float, float]:
-    """95 % interval of a proportion, as fractions: unlike the normal one it stays sensible near 100 %."""
-    z = 1.959964
-    p = correct / tested
-    middle = p + z * z / (2 * tested)
-    half = z * math.sqrt(p * (1 - p) / tested + z * z / (4 * tested * tested))
-    scale = 1 + z * z / tested
-    return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)
 
 
 def model_table() -> str:
@@ -100,7 +90,7 @@ def _measured(weights: Weights) -> str:
 
 def _interval(weights: Weights) -> str:
     assert weights.correct is not None and weights.tested is not None
-    low, high = wilson_interval(weights.correct, weights.tested)
+    low, high = wilson(weights.correct, weights.tested)
     return f'{100 * low:.2f} to {100 * high:.2f} %'
 
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from .catalog import model_names
 from .models._checkpoint import unwrap_checkpoint
 from .weights import WeightsError
 
@@ -88,10 +89,13 @@ def fit_checkpoint(checkpoint: Dict[str, Any], model: nn.Module, what: str) -> D
     Raises:
         CheckpointError: It is of another network; the message lists the differences.
     """
+    arch, wanted = checkpoint.get('arch'), _name(model)  # timm's train.py stores it
+    if isinstance(arch, str) and arch in model_names() and arch != wanted:
+        raise CheckpointError(f'{what} says that it is of {arch}, not of {wanted}: choose that model.')
     state_dict = _state_dict(checkpoint, what)
     family = importlib.import_module(type(model).__module__)
     try:
-        state_dict = family.checkpoint_filter_fn(state_dict, model)
+        state_dict = family.convert_checkpoint(state_dict, model)  # and nothing adapted
     except (RuntimeError, ValueError, IndexError, KeyError) as e:
         raise CheckpointError(f'{what} does not fit {_name(model)}: {_short(e)}') from e
     found = differences(state_dict, model)

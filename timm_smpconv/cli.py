@@ -1,4 +1,4 @@
-"""The command `timm-smpconv`: predict, list, validate, data, train."""
+"""The command `timm-smpconv`."""
 
 import argparse
 import contextlib
@@ -18,12 +18,15 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .catalog import ModelInfo, describe_models
 from .confusion import MAX_CLASSES, draw_confusion
+from .convert import convert
 from .data import DATA_SETS, prepare
 from .predict import FileResult, check_known, check_takes_images, load_model, predict_files
+from .publish import push, verify
 from .recipe import Recipe, read_recipe
 from .train import check_trainable, train
 from .validate import validate, wilson
 from .version import __version__
+from .weights import WeightsError
 
 __all__ = ['main']
 
@@ -38,11 +41,11 @@ class _CommandError(Exception):
 
 
 @contextlib.contextmanager
-def _user_errors(*types: type) -> Iterator[None]:
+def _user_errors(*types: type, join: bool = True) -> Iterator[None]:
     try:
         yield
     except types as e:
-        raise _CommandError(' '.join(str(e).split())) from e
+        raise _CommandError(' '.join(str(e).split()) if join else str(e)) from e
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -101,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_validate(commands)
     _add_data(commands)
     _add_train(commands)
+    _add_convert(commands)
+    _add_push(commands)
+    _add_verify(commands)
     return parser
 
 
@@ -169,6 +175,50 @@ def _add_train(commands: Any) -> None:
         elif field.type is not bool:
             kind = dict(type=field.type, metavar=field.type.__name__.upper())
         recipe.add_argument('--' + field.name.replace('_', '-'), default=argparse.SUPPRESS, help=text, **kind)
+
+
+def _add_convert(commands: Any) -> None:
+    command = commands.add_parser(
+        'convert',
+        help='make a checkpoint ready for the Hub, or install it',
+        description="Convert a checkpoint of the authors' code, of timm's train.py or of this package into a folder "
+        'for the Hugging Face Hub, or install it as the pretrained weights of its model.',
+    )
+    command.set_defaults(run=_convert)
+    command.add_argument('file', metavar='FILE', help='safetensors, or what torch.save wrote; no code in it is run')
+    command.add_argument('--model', required=True, metavar='NAME', help='model, or model.tag')
+    command.add_argument('--out', metavar='DIR', help='folder to make')
+    command.add_argument('--install', action='store_true', help='put the weights where pretrained=True finds them')
+    command.add_argument('--deployed', action='store_true', help='add the weights of the deployed form to the folder')
+    command.add_argument('--no-ema', action='store_true', help='take the weights themselves, not their average')
+    command.add_argument('--overwrite', action='store_true', help='replace the folder')
+    command.add_argument('--num-classes', type=_positive, metavar='N', help="classes, where not the model's own number")
+    command.add_argument('--model-kwargs', type=_keywords, default={}, metavar='JSON', help='arguments of the model')
+
+
+def _add_push(commands: Any) -> None:
+    command = commands.add_parser(
+        'push',
+        help='publish a folder on the Hub',
+        description='Check a folder that convert made, and upload it to the Hugging Face Hub. Log in first (hf auth '
+        'login) or set HF_TOKEN.',
+    )
+    command.set_defaults(run=_push)
+    command.add_argument('folder', metavar='DIR')
+    command.add_argument('--repo', required=True, metavar='ORG/NAME', help='repository, made if it does not exist')
+    command.add_argument('--private', action='store_true', help='make it a private repository')
+    command.add_argument('--create-pr', action='store_true', help='open a pull request')
+
+
+def _add_verify(commands: Any) -> None:
+    command = commands.add_parser(
+        'verify',
+        help='check a published model',
+        description='Download a model from the Hugging Face Hub afresh, and check hashes, configuration, card, logits.',
+    )
+    command.set_defaults(run=_verify)
+    command.add_argument('repo', metavar='ORG/NAME', help='repository, with @REVISION if not its main branch')
+    command.add_argument('--json', action='store_true', help='print one JSON array')
 
 
 def _add_data_dir(command: argparse.ArgumentParser, text: str) -> None:
@@ -313,3 +363,34 @@ def _train(args: argparse.Namespace) -> int:
         path = train(recipe, args.data_dir, args.output, True, args.recovery_interval, args.device)
     print(path)
     return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    kwargs = dict(args.model_kwargs, **({'num_classes': args.num_classes} if args.num_classes else {}))
+    # the list of differences keeps its lines
+    with _user_errors(ValueError, OSError, WeightsError, join=False):
+        result = convert(
+            args.file, args.model, args.out, args.install, args.deployed, not args.no_ema, args.overwrite, kwargs
+        )
+    print(f'{result.name}: sha256 {result.sha256}')
+    for path in (result.folder, result.installed):
+        if path is not None:
+            print(path)
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    with _user_errors(ValueError, WeightsError):
+        print(push(args.folder, args.repo, args.private, args.create_pr))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    with _user_errors(WeightsError):
+        checks = verify(args.repo)
+    if args.json:
+        print(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
+    else:
+        for check in checks:
+            print(f'{"ok    " if check.ok else "FAILED"}  {check.name}: {check.detail}')
+    return 0 if all(check.ok for check in checks) else _FAILED

@@ -26,10 +26,10 @@ from huggingface_hub.utils import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from . import store
+from ._files import save_tensors
 from .checkpoint import CheckpointError, fit_checkpoint, read_checkpoint
 from .weights import WEIGHTS, WeightsError, bundled_path, hub_repo
 
@@ -385,10 +385,8 @@ def _install_authors_file(name: str, file: Path) -> Path:
     checkpoint = read_checkpoint(file)
     model = timm.create_model(name.partition('.')[0])
     state_dict = fit_checkpoint(checkpoint, model, f'the file of {name}')
-    folder = store.store_dir() / 'downloads'
-    converted = folder / f'{name}.converted'
-    with store.replace_atomically(converted) as part_path:
-        save_file(state_dict, part_path, metadata={'format': 'pt'})
+    converted = file.with_name(f'{name}.converted')
+    save_tensors(converted, state_dict, {})
     try:
         return store.install(name, converted, WEIGHTS[name].authors_url or '', store.file_sha256(file))
     finally:

@@ -12,13 +12,13 @@ import json
 import logging
 import os
 import re
-import tempfile
-import time
+import shutil
 from pathlib import Path
 from typing import Iterator, Optional, Union
 
 from huggingface_hub.utils import WeakFileLock
 
+from ._files import atomic_path, write_text
 from .weights import WeightsError
 
 __all__ = [
@@ -27,14 +27,12 @@ __all__ = [
     'find',
     'install',
     'lock',
-    'replace_atomically',
     'set_aside',
     'store_dir',
 ]
 
 _logger = logging.getLogger(__name__)
 _ENTRY = 'weights.json'
-_STALE = 86400.0  # seconds after which nobody writes to a temporary file any more
 _NAME = re.compile(r'[\w.-]+\.[\w-]+', re.ASCII)
 
 
@@ -72,27 +70,6 @@ def file_sha256(path: Union[str, Path]) -> str:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def replace_atomically(path: Path) -> Iterator[Path]:
-    """Gives a temporary file that takes the place of `path` once it is complete, and vanishes if that fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f'.{path.name}.*.part'):  # of processes that were killed
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _STALE:
-                left.unlink()
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.part')
-    os.close(handle)
-    part = Path(name)
-    try:
-        yield part
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)  # mkstemp's own mode hides the file from all other users
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -157,10 +134,9 @@ def install(name: str, weights: Path, source: str, source_sha256: str) -> Path:
     path = folder / f'{sha256[:16]}.safetensors'
     entry = Entry(path.name, weights.stat().st_size, sha256, source, source_sha256)
     try:
-        with replace_atomically(path) as part:
-            part.write_bytes(weights.read_bytes())
-        with replace_atomically(folder / _ENTRY) as part:
-            part.write_text(json.dumps(dataclasses.asdict(entry), indent=2) + '\n')
+        with atomic_path(path) as part:
+            shutil.copyfile(weights, part)
+        write_text(folder / _ENTRY, json.dumps(dataclasses.asdict(entry), indent=2) + '\n')
     except OSError as e:
         raise WeightsError(
             f'Cannot store the weights {name} in {folder}: {e}. Make it writable, or set TIMM_SMPCONV_CACHE to another '

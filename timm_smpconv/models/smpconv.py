@@ -276,10 +276,14 @@ _REFERENCE_RULES = (
 )
 
 
+def convert_checkpoint(state_dict: Dict[str, Any], model: SMPConv) -> Dict[str, torch.Tensor]:
+    """Brings a checkpoint, in this package's layout or in that of the reference, into this package's layout."""
+    return convert_reference(state_dict, _REFERENCE_RULES)
+
+
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: SMPConv) -> Dict[str, torch.Tensor]:
     """Accepts this package's layout and the reference layout, for any number of input channels."""
-    state_dict = convert_reference(state_dict, _REFERENCE_RULES)
-    return adapt_input_channels(state_dict, model.in_chans, ('stem.0.conv.weight',))
+    return adapt_input_channels(convert_checkpoint(state_dict, model), model.in_chans, ('stem.0.conv.weight',))
 
 
 def _create_smpconv(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:

@@ -151,13 +151,18 @@ _REFERENCE_RULES = (
 _FIRST_LAYER = ('stem.conv.large.kernel.weights', 'stem.conv.small.weight', 'stem.conv.weight')
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: SMPConvCifar) -> Dict[str, torch.Tensor]:
-    """Accepts this package's layout and the reference layout, for any number of input channels."""
+def convert_checkpoint(state_dict: Dict[str, Any], model: SMPConvCifar) -> Dict[str, torch.Tensor]:
+    """Brings a checkpoint, in this package's layout or in that of the reference, into this package's layout."""
     state_dict = convert_reference(state_dict, _REFERENCE_RULES)
     classifier = state_dict.get('head.fc.weight')
     if classifier is not None and classifier.ndim == 4:  # a 1x1 convolution in the reference
         state_dict['head.fc.weight'] = classifier.flatten(1)
-    return adapt_input_channels(state_dict, model.in_chans, _FIRST_LAYER)
+    return state_dict
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: SMPConvCifar) -> Dict[str, torch.Tensor]:
+    """Accepts this package's layout and the reference layout, for any number of input channels."""
+    return adapt_input_channels(convert_checkpoint(state_dict, model), model.in_chans, _FIRST_LAYER)
 
 
 def _create_smpconv_cifar(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:

@@ -257,12 +257,17 @@ _FIRST_LAYER = tuple(
 )
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: SMPConvSeq) -> Dict[str, torch.Tensor]:
-    """Accepts this package's layout and the reference layout, for any number of input channels."""
+def convert_checkpoint(state_dict: Dict[str, Any], model: SMPConvSeq) -> Dict[str, torch.Tensor]:
+    """Brings a checkpoint, in this package's layout or in that of the reference, into this package's layout."""
     state_dict = convert_reference(state_dict, _REFERENCE_RULES)
     if 'stem.permute.permutation' in model.state_dict():  # not part of the reference checkpoint
         state_dict.setdefault('stem.permute.permutation', model.stem.permute.permutation)
-    return adapt_input_channels(state_dict, model.in_chans, _FIRST_LAYER)
+    return state_dict
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: SMPConvSeq) -> Dict[str, torch.Tensor]:
+    """Accepts this package's layout and the reference layout, for any number of input channels."""
+    return adapt_input_channels(convert_checkpoint(state_dict, model), model.in_chans, _FIRST_LAYER)
 
 
 def _create_smpconv_seq(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:

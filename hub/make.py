@@ -1,0 +1,63 @@
+"""Makes the cards and configurations of this folder, and the tables in README.md and MODEL_CARD.md.
+
+All of it comes from the table of weights:
+
+python hub/make.py           # writes what differs
+python hub/make.py --check   # exits with 1 if anything differs
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Dict, Sequence
+
+import timm
+from timm.models import save_for_hf
+
+import timm_smpconv  # noqa: F401  (registers the models)
+from timm_smpconv.cards import evaluation_table, model_card, model_table, replace_section
+from timm_smpconv.weights import WEIGHTS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def documents() -> Dict[Path, str]:
+    """Files that are made, with their contents."""
+    files = {}
+    for name, sections in (
+        ('README.md', {'models': model_table()}),
+        ('MODEL_CARD.md', {'results': evaluation_table()}),
+    ):
+        text = (ROOT / name).read_text()
+        for section, content in sections.items():
+            text = replace_section(text, section, content)
+        files[ROOT / name] = text
+    for name, weights in WEIGHTS.items():
+        if weights.bundled is None and weights.authors_file is None:
+            continue  # nothing to publish
+        model = timm.create_model(name)
+        with tempfile.TemporaryDirectory() as folder:
+            save_for_hf(model, folder, safe_serialization=True)
+            config = json.loads((Path(folder) / 'config.json').read_text())
+        files[ROOT / 'hub' / name / 'README.md'] = model_card(name, model)
+        files[ROOT / 'hub' / name / 'config.json'] = json.dumps(config, indent=2) + '\n'
+    return files
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description='Makes documents from the table of weights.')
+    parser.add_argument('--check', action='store_true', help='write nothing, and fail if anything differs')
+    check = parser.parse_args(argv).check
+    outdated = [(path, text) for path, text in documents().items() if not path.exists() or path.read_text() != text]
+    for path, text in outdated:
+        print(path.relative_to(ROOT))
+        if not check:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+    return int(check and bool(outdated))
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
