@@ -41,6 +41,7 @@ def documents() -> Dict[Path, str]:
         with tempfile.TemporaryDirectory() as folder:
             save_for_hf(model, folder, safe_serialization=True)
             config = json.loads((Path(folder) / 'config.json').read_text())
+        config['model_args'] = {}  # as convert writes it
         files[ROOT / 'hub' / name / 'README.md'] = model_card(name, model)
         files[ROOT / 'hub' / name / 'config.json'] = json.dumps(config, indent=2) + '\n'
     return files

@@ -1,4 +1,8 @@
 import copy
+import os
+
+# before huggingface_hub is imported: no test of this process asks the real Hub
+os.environ['HF_HUB_OFFLINE'] = '1'
 
 import pytest
 import timm
@@ -50,6 +54,12 @@ def make_input(name, batch=2, seed=0, **kwargs):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path_factory, monkeypatch):
+    """The user's own store of weights is neither read nor written."""
+    monkeypatch.setenv('TIMM_SMPCONV_CACHE', str(tmp_path_factory.getbasetemp() / 'store'))
 
 
 @pytest.fixture(scope='session')

@@ -1,6 +1,7 @@
 """Checkpoints of any training to folders as the Hugging Face Hub and timm's `local-dir:` names expect them."""
 
 import dataclasses
+import json
 import os
 import shutil
 import tempfile
@@ -131,7 +132,11 @@ def _write_folder(
     # beside the final place, so that a rename is enough
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
     try:
-        save_for_hf(model, temporary, model_args=model_kwargs or None, safe_serialization=True)
+        save_for_hf(model, temporary, safe_serialization=True)
+        config = json.loads((temporary / 'config.json').read_text())
+        # only what differs from the registered model: num_classes has a place of its own, and transformers passes it too
+        config['model_args'] = {key: value for key, value in model_kwargs.items() if key != 'num_classes'}
+        (temporary / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
         (temporary / TENSORS_FILE).parent.mkdir()
         save_file(_sample_tensors(model), temporary / TENSORS_FILE)
         if deployed:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Union
@@ -102,12 +103,15 @@ def verify(repo: str, token: Optional[str] = None) -> List[Check]:
         try:
             info = api.model_info(name, revision=revision or None, files_metadata=True, timeout=10.0)
             files = {sibling.rfilename: sibling for sibling in info.siblings or []}
+            folder = Path(temporary) / 'snapshot'
             for file in _PUBLISHED:
                 if file in files:
-                    hf_hub_download(name, file, revision=info.sha, token=token, local_dir=temporary)
+                    # into a cache of its own: the usual one would be asked first
+                    cached = hf_hub_download(name, file, revision=info.sha, token=token, cache_dir=temporary)
+                    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(cached, folder / file)
         except Exception as e:
             raise WeightsError(f'Cannot verify {repo} ({api.endpoint}): {hub_cause(e, name, "such file")}') from e
-        folder = Path(temporary)
         checks = []
         for file, sibling in files.items():
             if file in _PUBLISHED and sibling.lfs is not None:

@@ -1,0 +1,231 @@
+"""From checkpoints of any origin to folders for the Hub, and into the local store."""
+
+import argparse
+import pickle
+import zipfile
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from synth import FIXTURE_NAMES, expected, reference_state, relative_error, synth_input
+
+from timm_smpconv import WeightsError, store
+from timm_smpconv.checkpoint import CheckpointError, read_checkpoint
+from timm_smpconv.cli import main
+from timm_smpconv.convert import convert
+from timm_smpconv.publish import check_folder
+from timm_smpconv.weights import WEIGHTS
+
+SEQ = 'smpconv_seq_speech'
+
+
+def authors_checkpoint(name):
+    """A checkpoint as the authors' code writes it."""
+    state = reference_state(name, prefix='module.')
+    if timm.get_pretrained_cfg(name).num_classes == 1000:
+        args = argparse.Namespace(model=name, lr=4e-3)
+        other = {key: torch.zeros_like(value) for key, value in state.items()}
+        return dict(model=other, model_ema=state, optimizer=dict(state={}), epoch=299, args=args)
+    return dict(model=state, optimizer=dict(state={}), lr_scheduler={}, epoch=199)
+
+
+@pytest.mark.parametrize('name', FIXTURE_NAMES)
+def test_convert_install_create(name, tmp_path):
+    """Convert, install, create: the expected logits of every reference layout, from the store and from the folder."""
+    file = tmp_path / 'authors.pth'
+    torch.save(authors_checkpoint(name), file)
+    result = convert(file, name, tmp_path / 'out' / 'model', install=True, deployed=True)
+    assert result.name == f'{name}.{timm.get_pretrained_cfg(name).tag}'
+    x, wanted = synth_input(name), torch.from_numpy(expected(name)['logits'])
+
+    bundled = WEIGHTS[result.name].bundled is not None  # which comes before the store
+    for create in (name,) * (not bundled) + (f'local-dir:{result.folder}',):
+        model = timm.create_model(create, pretrained=True).eval()
+        with torch.inference_mode():
+            assert relative_error(model(x), wanted) < 1e-4, create
+        assert model.pretrained_cfg['num_classes'] == model.num_classes
+    deployed = timm.create_model(
+        name, inference_mode=True, checkpoint_path=str(result.folder / 'deployed.safetensors')
+    ).eval()
+    with torch.inference_mode():
+        assert relative_error(deployed(x), wanted) < 2e-4
+    checks = check_folder(result.folder)
+    assert [check.name for check in checks] == ['files', 'config', 'card', 'logits'] and all(c.ok for c in checks)
+    card = (result.folder / 'README.md').read_text()
+    assert store.file_sha256(file) in card and 'license: mit' in card and 'has not been measured' in card
+    assert str(tmp_path) not in card + (result.folder / 'config.json').read_text()
+    tensors = load_file(result.folder / 'test' / 'rand_tensors.safetensors')
+    assert set(tensors) == {'input', 'output', 'features', 'pre_logits'}
+    with torch.inference_mode():
+        torch.testing.assert_close(model.forward_features(tensors['input']), tensors['features'], rtol=1e-3, atol=1e-4)
+
+
+def small(name='smpconv_seq_mnist', **kwargs):
+    return timm.create_model(name, **{'depth': 1, 'dim': 4, **kwargs})
+
+
+SMALL = dict(depth=1, dim=4)
+
+
+def test_train_script_checkpoint(tmp_path):
+    """Checkpoints of timm's train.py: the average of the weights unless told otherwise; other classes and sizes."""
+    torch.manual_seed(0)
+    model, ema = small(num_classes=3), small(num_classes=3)
+    args = argparse.Namespace(model='smpconv_seq_mnist', lr=1e-3)
+    checkpoint = dict(
+        epoch=3, arch='smpconv_seq_mnist', state_dict=model.state_dict(), state_dict_ema=ema.state_dict(), args=args,
+        version=2, optimizer={}, metric=50.0,
+    )  # fmt: skip
+    torch.save(checkpoint, tmp_path / 'model_best.pth.tar')
+    for use_ema, source in ((True, ema), (False, model)):
+        out = convert(
+            tmp_path / 'model_best.pth.tar',
+            'smpconv_seq_mnist',
+            tmp_path / str(use_ema),
+            use_ema=use_ema,
+            model_kwargs=dict(SMALL, num_classes=3),
+        ).folder
+        loaded = timm.create_model(f'local-dir:{out}', pretrained=True)
+        assert loaded.num_classes == 3
+        for key, value in source.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], value), key
+    with pytest.raises(CheckpointError, match='says that it is of smpconv_seq_mnist'):
+        convert(tmp_path / 'model_best.pth.tar', 'smpconv_seq_cifar', tmp_path / 'other')
+    with pytest.raises(CheckpointError, match=r'shape of head.fc.weight: \(3, 4\)'):
+        convert(tmp_path / 'model_best.pth.tar', 'smpconv_seq_mnist', tmp_path / 'other', model_kwargs=SMALL)
+    assert not (tmp_path / 'other').exists()
+
+
+@pytest.mark.parametrize('name,other', [(SEQ, 'smpconv_seq_cifar'), ('smpconv_cifar', 'smpconv_tiny')])
+def test_differences_are_listed(name, other, tmp_path, capsys):
+    torch.save(authors_checkpoint(name), tmp_path / 'a.pth')
+    with pytest.raises(CheckpointError) as e:
+        convert(tmp_path / 'a.pth', other, tmp_path / 'out')
+    assert f'does not fit {other}' in str(e.value) and 'difference(s)' in str(e.value)
+    assert main(['convert', str(tmp_path / 'a.pth'), '--model', other, '--out', str(tmp_path / 'out')]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith('timm-smpconv: ') and 'shape of' in err or 'missing:' in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['a.pth']
+
+
+@pytest.mark.parametrize('change', ['missing', 'unknown', 'shape', 'kind', 'nan', 'variance'])
+def test_every_difference_counts(change, tmp_path):
+    state = small().state_dict()
+    key = {'kind': 'head.fc.bias', 'variance': 'stages.0.conv1.large_norm.running_var'}.get(change, 'head.fc.weight')
+    if change == 'missing':
+        del state[key]
+    elif change == 'unknown':
+        key = 'head.other'
+        state[key] = torch.zeros(2)
+    else:
+        state[key] = {
+            'shape': torch.zeros(11, 4), 'kind': torch.zeros(10, dtype=torch.long),
+            'nan': torch.full((10, 4), float('nan')), 'variance': torch.full((4,), -1.0),
+        }[change]  # fmt: skip
+    save_file(state, tmp_path / 'a.safetensors')
+    with pytest.raises(CheckpointError, match=key.replace('.', r'\.')):
+        convert(tmp_path / 'a.safetensors', 'smpconv_seq_mnist', tmp_path / 'out', model_kwargs=SMALL)
+    assert not (tmp_path / 'out').exists()
+
+
+class _Bomb:
+    def __reduce__(self):
+        return (open, ('exploded', 'w'))
+
+
+@pytest.mark.parametrize('protocol', ['zip', 'legacy', 'pickle'])
+def test_no_code_is_run(protocol, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = dict(model=reference_state(SEQ), args=_Bomb())
+    if protocol == 'pickle':
+        (tmp_path / 'a.pth').write_bytes(pickle.dumps(checkpoint))
+    else:
+        torch.save(checkpoint, 'a.pth', _use_new_zipfile_serialization=protocol == 'zip')
+    with pytest.raises(CheckpointError):
+        convert('a.pth', SEQ, 'out')
+    assert not (tmp_path / 'exploded').exists() and not (tmp_path / 'out').exists()
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    cases = {
+        'empty.pth': b'',
+        'text.pth': b'not a checkpoint',
+        'page.pth': b'<!DOCTYPE html><html><title>Quota exceeded</title></html>',
+        'text.safetensors': b'\x10\0\0\0\0\0\0\0{not json at all}',
+        'long.safetensors': b'\xff\xff\xff\xff\xff\xff\xff\x7f{',
+    }
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+    for name, value in {
+        'list.pth': [1, 2],
+        'number.pth': dict(model=3),
+        'nothing.pth': {},
+        'nested.pth': dict(model=dict(weight='text')),
+        'keys.pth': {1: torch.zeros(2)},
+        'large.pth': dict(reference_state(SEQ), more=torch.zeros(1).expand(1 << 40)),
+        'sparse.pth': dict(a=torch.zeros(3, 3).to_sparse()),
+    }.items():
+        torch.save(value, tmp_path / name)
+    circle = {}
+    circle['model'] = circle
+    torch.save(circle, tmp_path / 'circle.pth')
+    with zipfile.ZipFile(tmp_path / 'bomb.pth', 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('archive/data.pkl', b'\0' * 10_000_000)
+    for path in [tmp_path / 'absent.pth', tmp_path, *sorted(tmp_path.iterdir())]:
+        with pytest.raises(CheckpointError) as e:
+            convert(path, SEQ, tmp_path / 'out')
+        assert path.name in str(e.value) and len(str(e.value)) < 2000
+    assert not (tmp_path / 'out').exists()
+
+
+def test_safetensors_of_any_name(tmp_path):
+    state = {key: value.contiguous() for key, value in reference_state(SEQ).items() if value.numel()}
+    save_file(state, tmp_path / 'weights.bin')
+    assert set(read_checkpoint(tmp_path / 'weights.bin')) == set(state)
+    assert convert(tmp_path / 'weights.bin', SEQ, install=True).installed.is_file()
+
+
+def test_arguments(tmp_path):
+    save_file(small().state_dict(), tmp_path / 'a.safetensors')
+    with pytest.raises(ValueError, match='Nothing to do'):
+        convert(tmp_path / 'a.safetensors', 'smpconv_seq_mnist')
+    with pytest.raises(ValueError, match='Unknown model'):
+        convert(tmp_path / 'a.safetensors', 'smpconv_huge', tmp_path / 'out')
+    with pytest.raises(ValueError, match='standard form'):
+        convert(tmp_path / 'a.safetensors', 'smpconv_seq_mnist', install=True, model_kwargs=SMALL)
+    with pytest.raises(ValueError, match='Cannot build'):
+        convert(tmp_path / 'a.safetensors', 'smpconv_seq_mnist', tmp_path / 'out', model_kwargs=dict(colour=1))
+    out = convert(tmp_path / 'a.safetensors', 'smpconv_seq_mnist', tmp_path / 'out', model_kwargs=SMALL).folder
+    with pytest.raises(FileExistsError, match='overwrite'):
+        convert(tmp_path / 'a.safetensors', 'smpconv_seq_mnist', out, model_kwargs=SMALL)
+    (out / 'mark').touch()
+    convert(tmp_path / 'a.safetensors', 'smpconv_seq_mnist', out, model_kwargs=SMALL, overwrite=True)
+    assert not (out / 'mark').exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['a.safetensors', 'out']
+
+
+def test_equal_input_equal_output(tmp_path):
+    torch.save(authors_checkpoint(SEQ), tmp_path / 'a.pth')
+    folders = [convert(tmp_path / 'a.pth', SEQ, tmp_path / str(i)).folder for i in range(2)]
+    for path in folders[0].rglob('*'):
+        if path.is_file():
+            assert path.read_bytes() == (folders[1] / path.relative_to(folders[0])).read_bytes(), path.name
+
+
+def test_transformers(tmp_path):
+    """transformers' wrapper of timm models reads the folder, and gives the same logits."""
+    transformers = pytest.importorskip('transformers')
+    model = small('smpconv_cifar', depth=None, dim=None, dims=(8, 8, 8), kernel_size=9).eval()
+    save_file(model.state_dict(), tmp_path / 'a.safetensors')
+    out = convert(
+        tmp_path / 'a.safetensors', 'smpconv_cifar', tmp_path / 'out', model_kwargs=dict(dims=(8, 8, 8), kernel_size=9)
+    ).folder
+    wrapper = transformers.TimmWrapperForImageClassification.from_pretrained(out).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(wrapper(x).logits, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_error_type():
+    assert issubclass(CheckpointError, WeightsError) and issubclass(WeightsError, RuntimeError)

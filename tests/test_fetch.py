@@ -1,0 +1,274 @@
+"""Where pretrained=True finds its weights: store and authors' file, with every fault that a download can have."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import servers
+import timm
+import torch
+from huggingface_hub import constants
+from synth import expected, reference_state, relative_error, synth_input
+
+from timm_smpconv import WeightsError, fetch, store
+from timm_smpconv.convert import convert
+from timm_smpconv.weights import WEIGHTS, Weights, bundled_path, fixed_input
+
+MODEL, NAME = 'smpconv_seq_speech', 'smpconv_seq_speech.sc'
+
+
+@pytest.fixture(scope='module')
+def authors_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp('authors') / 'SMPConv.pth'
+    torch.save(dict(model=reference_state(MODEL), optimizer={}, lr_scheduler={}, epoch=1), path)
+    return path
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A store of its own, a Hub without the repository, and no proxies."""
+    monkeypatch.setenv('TIMM_SMPCONV_CACHE', str(tmp_path / 'store'))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    for key in ('no_proxy', 'NO_PROXY'):
+        monkeypatch.setenv(key, '127.0.0.1')
+
+    def nothing(*args):
+        raise fetch._Unavailable('no such repository.')
+
+    monkeypatch.setattr(fetch, '_from_hub', nothing)
+    monkeypatch.setattr(fetch, '_PAUSE', 0.01)
+    weights = WEIGHTS[NAME]  # in this test it has none of its own
+    monkeypatch.setitem(WEIGHTS, NAME, Weights(weights.trained_on, 0.0, authors_file='1abc'))
+    return tmp_path / 'store'
+
+
+@pytest.fixture
+def drive(own, authors_file, monkeypatch):
+    with servers.serve(servers.Drive(authors_file.read_bytes())) as server:
+        monkeypatch.setenv('TIMM_SMPCONV_DRIVE_URL', server.url)
+        yield server
+
+
+def create():
+    return timm.create_model(MODEL, pretrained=True, pretrained_cfg_overlay=dict(file=None)).eval()
+
+
+def check_logits(model):
+    with torch.inference_mode():
+        assert relative_error(model(synth_input(MODEL)), torch.from_numpy(expected(MODEL)['logits'])) < 1e-4
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
+
+
+@pytest.mark.parametrize('mode', ['ok', 'redirect', 'warning', 'broken'])
+def test_authors_file(mode, drive, own):
+    """Fetched through redirects, a page that warns, and broken connections; converted; kept; not fetched again."""
+    drive.mode = mode
+    check_logits(create())
+    count = len(drive.requests)
+    if mode == 'broken':
+        assert count > 2 and drive.requests[1] == f'bytes={drive.part}-'
+    check_logits(create())
+    assert len(drive.requests) == count
+    entry = json.loads((own / NAME / 'weights.json').read_text())
+    assert entry['source'].endswith('1abc/view') and len(entry['source_sha256']) == 64
+    assert [f for f in files(own) if not f.startswith(('.locks', NAME))] == []
+
+
+def test_server_without_ranges(drive):
+    """Connections that break where the server cannot go on: it starts again, and gives up in the end."""
+    drive.mode, drive.ranges, drive.part = 'broken', False, len(drive.data) // 3
+    with pytest.raises(WeightsError, match='connection ended after'):
+        create()
+    drive.mode = 'ok'
+    check_logits(create())
+
+
+def test_other_process_goes_on(drive, own):
+    """What had arrived before a download was killed is not fetched again."""
+    part = own / 'downloads' / f'{WEIGHTS[NAME].authors_file}.part'
+    part.parent.mkdir(parents=True)
+    part.write_bytes(drive.data[: 1 << 19])
+    part.with_name(part.name + '.etag').write_text('"v1"')
+    check_logits(create())
+    assert drive.requests[0] == f'bytes={1 << 19}-'
+
+
+@pytest.mark.parametrize('mode', ['quota', 'refused', 'dead'])
+def test_authors_file_cannot_be_had(mode, drive, own):
+    drive.mode = mode
+    start = time.monotonic()
+    with pytest.raises(WeightsError) as e:
+        create()
+    assert time.monotonic() - start < 20
+    message = str(e.value)
+    words = {'quota': 'Quota exceeded', 'refused': 'status 403', 'dead': 'connection ended after 0'}[mode]
+    assert words in message and NAME in message and 'timm-smpconv convert FILE --model' in message
+    assert not (own / NAME).exists()
+
+
+@pytest.mark.parametrize('wrong', ['garbage', 'truncated', 'other', 'code'])
+def test_wrong_file(wrong, drive, own, tmp_path):
+    """A wrong file is fetched a second time, set aside, and reported; then the right one is taken."""
+    right = drive.data
+    if wrong == 'garbage':
+        drive.data = os.urandom(10_000)
+    elif wrong == 'truncated':
+        drive.data = right[: len(right) // 2]
+    elif wrong == 'other':
+        torch.save(dict(model=reference_state('smpconv_seq_cifar')), tmp_path / 'other.pth')
+        drive.data = (tmp_path / 'other.pth').read_bytes()
+    else:
+        torch.save(dict(model=reference_state(MODEL), hook=os.getcwd), tmp_path / 'code.pth')
+        drive.data = (tmp_path / 'code.pth').read_bytes()
+    with pytest.raises(WeightsError, match='downloaded twice') as e:
+        create()
+    assert 'set aside' in str(e.value) and len(drive.requests) == 2
+    assert not (own / NAME).exists()
+    drive.data = right
+    check_logits(create())
+
+
+def test_damaged_store(drive, own):
+    """Files of the store that are changed, cut or gone are set aside and fetched again."""
+    check_logits(create())
+    (path,) = (own / NAME).glob('*.safetensors')
+    data = path.read_bytes()
+    flipped = bytearray(data)
+    servers.flip(flipped)
+    for damage in (bytes(flipped), data[:100], b''):
+        path.write_bytes(damage)
+        assert store.find(NAME) is None and path.with_name(path.name + '.corrupt').read_bytes() == damage
+        check_logits(create())
+    entry = own / NAME / 'weights.json'
+    good = entry.read_text()
+    for text in (
+        '',
+        '{',
+        '[]',
+        '{"file": "x"}',
+        good.replace(path.name, '../../etc/passwd'),
+        good.replace('"size": ', '"size": 1'),
+    ):
+        entry.write_text(text)
+        assert store.find(NAME) is None
+        check_logits(create())
+    path.unlink()
+    check_logits(create())
+
+
+def test_store_that_cannot_be_written(drive, own, monkeypatch, tmp_path):
+    (tmp_path / 'file').touch()
+    monkeypatch.setenv('TIMM_SMPCONV_CACHE', str(tmp_path / 'file'))
+    with pytest.raises(WeightsError, match='set TIMM_SMPCONV_CACHE'):
+        create()
+
+
+def _create_in_process(queue):
+    try:
+        torch.set_num_threads(1)
+        queue.put(sum(p.double().sum().item() for p in create().parameters()))
+    except Exception as e:
+        queue.put(repr(e))
+
+
+def test_two_processes(drive):
+    """Two processes that ask at once get the same weights, by one download."""
+    context = multiprocessing.get_context('fork')
+    queue = context.Queue()
+    processes = [context.Process(target=_create_in_process, args=(queue,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    results = [queue.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert results[0] == results[1] and isinstance(results[0], float), results
+    assert len(drive.requests) == 1
+
+
+@pytest.mark.parametrize('delay', [0.0, 0.02, 0.1])
+def test_killed(delay, drive, own, authors_file):
+    """kill -9 at any moment leaves a store from which the next call gets the right weights."""
+    code = (
+        'import sys, time, timm_smpconv\n'
+        'from timm_smpconv.convert import convert\n'
+        'print("ready", flush=True)\n'
+        f'while True: convert({str(authors_file)!r}, {MODEL!r}, install=True)\n'
+    )
+    environment = dict(os.environ, TIMM_SMPCONV_CACHE=str(own))
+    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, env=environment)
+    assert process.stdout.readline() == b'ready\n'
+    for _ in range(3):
+        time.sleep(delay)
+        if delay:
+            path = store.find(NAME)
+            assert path is None or path.is_file()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    check_logits(create())
+
+
+def test_installed_by_hand(own, authors_file):
+    convert(authors_file, MODEL, install=True)
+    model = create()
+    check_logits(model)
+    assert not model.pretrained_cfg['file'] and not model.pretrained_cfg['source']
+    features = timm.create_model(MODEL, pretrained=True, features_only=True, pretrained_cfg_overlay=dict(file=None))
+    assert features(synth_input(MODEL))
+    fewer = timm.create_model(MODEL, pretrained=True, num_classes=3, pretrained_cfg_overlay=dict(file=None))
+    assert fewer.num_classes == 3
+
+
+def test_offline_asks_nobody(drive, monkeypatch):
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(WeightsError, match='offline'):
+        create()
+    assert not drive.requests
+
+
+def test_explicit_sources_keep_their_meaning(drive, own, authors_file, tmp_path):
+    """A file or a state dict of the caller is taken, not what the table says."""
+    model = timm.create_model(MODEL, pretrained=True, pretrained_cfg_overlay=dict(file=str(authors_file)))
+    check_logits(model.eval())
+    other = timm.create_model(MODEL).state_dict()
+    model = timm.create_model(MODEL, pretrained=True, pretrained_cfg_overlay=dict(state_dict=other, file=None))
+    assert torch.equal(model.head.fc.weight, other['head.fc.weight'])
+    torch.save(other, tmp_path / 'a.pth')
+    model = timm.create_model(MODEL, checkpoint_path=str(tmp_path / 'a.pth'))
+    assert torch.equal(model.head.fc.weight, other['head.fc.weight'])
+    assert not drive.requests and not own.exists()
+
+
+@pytest.mark.parametrize('key', [key for key, weights in WEIGHTS.items() if weights.bundled])
+def test_bundled(key):
+    """The table tells the truth about the files of the package."""
+    weights, path = WEIGHTS[key], bundled_path(key)
+    assert path.stat().st_size == weights.size and store.file_sha256(path) == weights.sha256
+    model = timm.create_model(key, pretrained=True).eval()
+    assert model.pretrained_cfg['file'] == str(path)
+    with torch.inference_mode():
+        logits = model(fixed_input(model.pretrained_cfg['input_size']))[0]
+    torch.testing.assert_close(logits, torch.tensor(weights.logits), rtol=1e-3, atol=2e-3)
+
+
+def test_changed_bundled_file(own, tmp_path, monkeypatch):
+    """A file of the package that was changed is not used."""
+    key = 'smpconv_seq_mnist.smnist'
+    monkeypatch.setitem(WEIGHTS, key, Weights('MNIST', 0.0, bundled=WEIGHTS[key].bundled, sha256='0' * 64))
+    with pytest.raises(WeightsError, match='has been changed'):
+        timm.create_model('smpconv_seq_mnist', pretrained=True)
+
+
+def test_names(own):
+    with pytest.raises(ValueError, match='model.tag'):
+        store.find('../etc')
+    with pytest.raises(WeightsError, match='None were ever published'):
+        timm.create_model('smpconv_mobile51', pretrained=True)

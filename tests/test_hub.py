@@ -1,0 +1,147 @@
+"""The Hugging Face Hub, as new processes with empty caches meet it: publishing, loading, and every failure."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import servers
+import torch
+from failures import _HUB, NAME, ROWS, cached_weights, make_folder, publish, run_client, run_row
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp('hub'))
+
+
+@pytest.fixture(scope='session')
+def weights_sum(folder):
+    return _sum(folder)
+
+
+def _sum(folder):
+    state = load_file(folder / 'model.safetensors')
+    statistics = ('running_mean', 'running_var', 'num_batches_tracked', 'base_radius')  # no parameters
+    return sum(value.double().sum().item() for key, value in state.items() if not key.endswith(statistics))
+
+
+def command(environment, *args, expected=0):
+    done = subprocess.run(
+        [sys.executable, '-m', 'timm_smpconv', *map(str, args)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == expected, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize('key', ROWS)
+def test_failure(key, folder, tmp_path):
+    """One kind of exception, which says what is wrong, within seconds; what was damaged is not kept for use."""
+    row = ROWS[key]
+    result = run_row(row, folder, tmp_path)
+    if row.succeeds:
+        assert result['ok'], result
+        return
+    assert not result['ok'] and result['ours'] and result['type'] == 'WeightsError', result
+    assert NAME in result['message'] and not [w for w in row.expected if w not in result['message']], result['message']
+    assert 'pretrained=False' in result['message'] or row.how == 'timm_smpconv', result['message']
+    assert result['seconds'] < 20, result
+
+
+@pytest.mark.parametrize('fault', ['truncated', 'garbage', 'flipped'])
+def test_recovery(fault, folder, tmp_path, weights_sum):
+    """A damaged download does not stay: in the same cache, the next call succeeds once the server has recovered."""
+    with servers.hub_server() as server:
+        publish(server.hub, folder)
+        environment = servers.hub_environment(server, tmp_path)
+        server.hub.faults.append(ROWS[fault].fault)
+        first = run_client(environment, _HUB)
+        assert not first['ok'] and first['ours'], first
+        server.hub.faults.clear()
+        second = run_client(environment, _HUB)
+        assert second['ok'] and second['sum'] == pytest.approx(weights_sum, rel=1e-9)
+        # a byte of the cached file flips: found by its hash, fetched again
+        path = cached_weights(tmp_path)
+        data = bytearray(path.read_bytes())
+        servers.flip(data)
+        path.write_bytes(data)
+        third = run_client(environment, _HUB)
+        assert third['ok'] and third['sum'] == pytest.approx(weights_sum, rel=1e-9)
+        assert list(path.parent.glob('*.corrupt'))
+
+
+def test_push_load_verify(folder, tmp_path, weights_sum):
+    """Push, then load by all names in new processes, without the server too; verify finds nothing, then a change."""
+    repo = f'me/{NAME}'
+    with servers.hub_server() as server:
+        environment = servers.hub_environment(server, tmp_path / 'one')
+        assert f'{repo}/commit/' in command(environment, 'push', folder, '--repo', repo, '--private')
+        assert server.hub.repos[repo]['private']
+        published = server.hub.repos[repo]['commits'][server.hub.repos[repo]['refs']['main']]['tree']
+        assert set(published) == {'config.json', 'model.safetensors', 'README.md', 'test/rand_tensors.safetensors'}
+
+        environment = servers.hub_environment(server, tmp_path / 'two')
+        for name in (_HUB, NAME, NAME.partition('.')[0]):
+            result = run_client(environment, name)
+            assert result['ok'] and result['sum'] == pytest.approx(weights_sum, rel=1e-9), (name, result)
+        assert run_client(environment, _HUB, 'timm_smpconv')['sum'] == pytest.approx(weights_sum, rel=1e-9)
+        offline = dict(environment, HF_HUB_OFFLINE='1')
+        assert run_client(offline, _HUB)['sum'] == pytest.approx(weights_sum, rel=1e-9)
+        assert run_client(offline, NAME)['sum'] == pytest.approx(weights_sum, rel=1e-9)
+
+        checks = json.loads(command(environment, 'verify', repo, '--json'))
+        assert {check['name'] for check in checks} == {
+            'hash of model.safetensors', 'hash of test/rand_tensors.safetensors', 'files', 'config', 'card', 'logits',
+        }  # fmt: skip
+        assert all(check['ok'] for check in checks)
+
+        server.hub.faults.append(servers.changed(servers.flip))
+        assert 'FAILED  hash of model.safetensors' in command(environment, 'verify', repo, expected=1)
+        server.hub.faults.clear()
+        assert 'no such repository' in command(environment, 'verify', 'me/nothing', expected=2)
+
+
+def test_push_refuses(folder, tmp_path):
+    """An incomplete or wrong folder is not uploaded; neither is anything without the right to."""
+    import shutil
+
+    from timm_smpconv.publish import push
+
+    for name in ('model.safetensors', 'config.json', 'README.md', 'test/rand_tensors.safetensors'):
+        broken = tmp_path / name.replace('/', '_')
+        shutil.copytree(folder, broken)
+        data = (broken / name).read_bytes()
+        (broken / name).unlink()
+        with pytest.raises(ValueError, match=f'missing: {name}'):
+            push(broken, f'me/{NAME}')
+        (broken / name).write_bytes(data[: len(data) // 3].replace(b'license', b'lic'))
+        with pytest.raises(ValueError, match='cannot be published'):
+            push(broken, f'me/{NAME}')
+    with servers.hub_server() as server:
+        environment = servers.hub_environment(server, tmp_path, HF_TOKEN='hf_wrong')
+        text = command(environment, 'push', folder, '--repo', f'me/{NAME}', expected=2)
+        assert 'log in' in text and not server.hub.repos
+
+
+@pytest.mark.parametrize('fault', ['server_error', 'flipped'])
+def test_next_source_follows(fault, folder, tmp_path):
+    """What the Hub cannot give comes from the authors' file."""
+    from synth import reference_state
+
+    path = tmp_path / 'authors.pth'
+    torch.save(dict(model=reference_state('smpconv_seq_chartraj')), path)
+    with servers.hub_server() as server, servers.serve(servers.Drive(path.read_bytes())) as drive:
+        publish(server.hub, folder)
+        server.hub.faults.append(ROWS[fault].fault)
+        environment = servers.hub_environment(server, tmp_path / 'home', TIMM_SMPCONV_DRIVE_URL=drive.url)
+        result = run_client(environment)
+        assert result['ok'] and result['seconds'] < 15
+        # from then on it is in the store, and nobody is asked
+        count = len(drive.requests)
+        assert run_client(dict(environment, HF_HUB_OFFLINE='1'))['sum'] == result['sum']
+        assert len(drive.requests) == count
