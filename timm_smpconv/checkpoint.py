@@ -114,9 +114,11 @@ def differences(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> List[s
     """What distinguishes a state dict from that of a network: keys, shapes, kinds of numbers, values not finite."""
     own = model.state_dict()
     found = [f'missing: {key} {tuple(own[key].shape)}' for key in own if key not in state_dict]
-    found += [f'unknown: {key} {tuple(state_dict[key].shape)}' for key in state_dict if key not in own]
     for key, value in state_dict.items():
         if key not in own:
+            # a damaged file has keys that a terminal cannot show
+            shown = key.encode('unicode_escape').decode()
+            found.append(f'unknown: {shown[:100]} {tuple(value.shape)}')
             continue
         wanted = own[key]
         if value.shape != wanted.shape:
@@ -171,4 +173,5 @@ def _name(model: nn.Module) -> str:
 
 def _short(error: Exception) -> str:
     text = ' '.join(str(error).split()) or type(error).__name__
+    text = ''.join(c if c.isprintable() else '?' for c in text)
     return text if len(text) <= 160 else text[:157] + '...'

@@ -134,7 +134,7 @@ def _write_folder(
     try:
         save_for_hf(model, temporary, safe_serialization=True)
         config = json.loads((temporary / 'config.json').read_text())
-        # only what differs from the registered model: num_classes has a place of its own, and transformers passes it too
+        # what differs from the registered model; num_classes has a place of its own, and transformers passes it
         config['model_args'] = {key: value for key, value in model_kwargs.items() if key != 'num_classes'}
         (temporary / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
         (temporary / TENSORS_FILE).parent.mkdir()

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Dict, Iterator, Optional, Union
 
 import timm
 from torch import nn
@@ -10,9 +10,10 @@ from torch import nn
 from .fetch import from_hub, hub_file
 from .weights import WeightsError
 
-__all__ = ['create_model']
+__all__ = ['check_config', 'create_model']
 
 _HUB, _FOLDER = ('hf-hub:', 'hf_hub:'), ('local-dir:', 'local_dir:')
+_LARGEST = 1 << 20  # taps, channels or pixels in a configuration: more would fill the memory
 
 
 def create_model(
@@ -36,37 +37,76 @@ def create_model(
     Raises:
         WeightsError: The source has no usable configuration or weights.
     """
+    hub_id = ''
     if model_name.startswith(_HUB):
         hub_id = model_name[len(_HUB[0]) :]
-        folder = _checked(hub_file(hub_id, 'config.json', cache_dir), model_name)
+        folder = hub_file(hub_id, 'config.json', cache_dir).parent
         if pretrained:
             from_hub(hub_id, cache_dir=cache_dir, what=model_name)
-        # config and weights lie in one folder of the cache now
-        model = timm.create_model(f'local-dir:{folder}', pretrained=pretrained, **kwargs)
-        model.pretrained_cfg.update(source='hf-hub', hf_hub_id=hub_id, file=None)
-        return model
-    if model_name.startswith(_FOLDER):
-        path = Path(model_name[len(_FOLDER[0]) :])
-        if not (path / 'config.json').is_file():
+    elif model_name.startswith(_FOLDER):
+        folder = Path(model_name[len(_FOLDER[0]) :])
+        if not (folder / 'config.json').is_file():
             raise WeightsError(
-                f'Cannot load {model_name}: {path} has no config.json. Make it with timm-smpconv convert.'
+                f'Cannot load {model_name}: {folder} has no config.json. Make it with timm-smpconv convert.'
             )
-        _checked(path / 'config.json', model_name)
-    return timm.create_model(model_name, pretrained=pretrained, cache_dir=cache_dir, **kwargs)
-
-
-def _checked(config: Path, model_name: str) -> Path:
-    """The folder of a configuration that timm can build a model from."""
+    else:
+        return timm.create_model(model_name, pretrained=pretrained, cache_dir=cache_dir, **kwargs)
+    check_config(folder / 'config.json', model_name)
     try:
-        architecture = json.loads(config.read_text())['architecture']
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        # on the Hub too: config and weights lie in one folder of the cache now
+        model = timm.create_model(f'local-dir:{folder}', pretrained=pretrained, **kwargs)
+    except WeightsError:
+        raise
+    except Exception as e:  # configurations and weights of unknown contents fail in any way
         raise WeightsError(
-            f'Cannot load {model_name}: its config.json is damaged ({e}): expected a JSON object with an architecture. '
-            f'Fetch it again, or make it with timm-smpconv convert.'
+            f'Cannot load {model_name}: {type(e).__name__}: {" ".join(str(e).split())[:300]} Its config.json and '
+            f'weights do not belong together, or not to the arguments {kwargs}. Make them with timm-smpconv convert.'
+        ) from e
+    if hub_id:
+        model.pretrained_cfg.update(source='hf-hub', hf_hub_id=hub_id, file=None)
+    return model
+
+
+def check_config(path: Path, what: str) -> Dict[str, Any]:
+    """Reads a config.json of unknown origin.
+
+    Args:
+        path: File.
+        what: Name of the model for messages.
+
+    Returns:
+        Its contents: an object with a registered architecture, and numbers of a sensible size.
+
+    Raises:
+        WeightsError: It is something else.
+    """
+    try:
+        config = json.loads(path.read_text())
+        architecture = config['architecture']
+        pretrained_cfg = config.get('pretrained_cfg', config)
+        numbers = [*_numbers(config.get('model_args', {})), *_numbers(pretrained_cfg.get('input_size', []))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise WeightsError(
+            f'Cannot load {what}: its config.json is damaged ({type(e).__name__}: {e}): expected a JSON object with an '
+            f'architecture. Fetch it again, or make it with timm-smpconv convert.'
         ) from e
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         raise WeightsError(
-            f'Cannot load {model_name}: unknown architecture {architecture!r}. Import the package that registers it, '
-            f'or upgrade timm and timm_smpconv.'
+            f'Cannot load {what}: unknown architecture {architecture!r}. Import the package that registers it, or '
+            f'upgrade timm and timm_smpconv.'
         )
-    return config.parent
+    largest = max(numbers, key=abs, default=0)
+    if not abs(largest) <= _LARGEST:
+        raise WeightsError(
+            f'Cannot load {what}: its config.json is damaged: {largest} among the arguments of the model, expected no '
+            f'more than {_LARGEST}. Fetch it again, or make it with timm-smpconv convert.'
+        )
+    return config
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)

@@ -1,13 +1,11 @@
 """Publishing on the Hugging Face Hub, and checking what is published."""
 
 import dataclasses
-import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Union
+from typing import Callable, List, Optional, Union
 
-import timm
 import torch
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from safetensors.torch import load_file
@@ -15,6 +13,7 @@ from safetensors.torch import load_file
 from . import store
 from .catalog import model_names
 from .convert import TENSORS_FILE
+from .factory import check_config, create_model
 from .fetch import WEIGHTS_FILE, hub_cause
 from .version import __version__
 from .weights import WEIGHTS, WeightsError
@@ -146,8 +145,8 @@ def _run(name: str, check: Callable[[Path], str], folder: Path) -> Check:
 
 
 def _config(folder: Path) -> str:
-    config: Dict[str, Any] = json.loads((folder / 'config.json').read_text())
-    architecture = config.get('architecture')
+    config = check_config(folder / 'config.json', str(folder))
+    architecture = config['architecture']
     if architecture not in model_names():
         raise ValueError(f'architecture {architecture!r}, expected one of {", ".join(model_names())}')
     if not isinstance(config.get('pretrained_cfg'), dict):
@@ -169,7 +168,7 @@ def _card(folder: Path) -> str:
 @torch.inference_mode()
 def _logits(folder: Path) -> str:
     tensors = load_file(folder / TENSORS_FILE)
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    model = create_model(f'local-dir:{folder}', pretrained=True).eval()
     error = (model(tensors['input']) - tensors['output']).abs().max() / tensors['output'].abs().max()
     if not error <= _TOLERANCE:
         raise ValueError(f'other than in {TENSORS_FILE}: relative error {error:.1e}, at most {_TOLERANCE:.0e} expected')
