@@ -157,18 +157,23 @@ class _Run:
         path = self._checkpoint_path
         if not path.exists():
             return False
+        advice = 'delete it to start over'
         try:
             checkpoint = torch.load(path, map_location=self.device, weights_only=True)
-            if checkpoint.get('version') != _CHECKPOINT_VERSION:
-                raise ValueError('it is of another version of this package')
+            version = checkpoint.get('version')
+        except Exception as e:  # torch.load raises almost anything, with long advice that does not help here
+            raise ValueError(f'Cannot continue from {path}, it is damaged or no checkpoint: {advice}.') from e
+        if version != _CHECKPOINT_VERSION:
+            raise ValueError(f'Cannot continue from {path}, which another version of this package wrote: {advice}.')
+        try:
             self.model.load_state_dict(checkpoint['state_dict'])
             self.optimizer.load_state_dict(checkpoint['optimizer'])
             if self.ema:
                 self.ema.module.load_state_dict(checkpoint['state_dict_ema'])
             for name in ('step', 'loss_sum', 'hits', 'seconds', 'rows', 'mean', 'std'):
                 setattr(self, name, checkpoint[name])
-        except Exception as e:  # a damaged file makes torch.load raise almost anything
-            raise ValueError(f'Cannot continue from {path} ({e}): delete it to start over.') from e
+        except (KeyError, RuntimeError, ValueError) as e:
+            raise ValueError(f'Cannot continue from {path} ({e}): {advice}.') from e
         _logger.info('Continuing %s after step %d.', self.output, self.step)
         return True
 
