@@ -356,7 +356,7 @@ def _write_result(run: _Run) -> Path:
     model.load_state_dict(run.final.state_dict())
     model.pretrained_cfg.update(mean=tuple(run.mean), std=tuple(run.std))
     with atomic_path(run.output / 'config.json') as part:
-        save_config_for_hf(model, str(part), model_args=recipe.model_kwargs or None)
+        save_config_for_hf(model, part, model_args=recipe.model_kwargs or None)
     path = run.output / 'model.safetensors'
     # a file on its own says how its input is normalised
     metadata = dict(architecture=model.pretrained_cfg['architecture'], mean=run.mean, std=run.std)
