@@ -17,6 +17,7 @@ import yaml
 from datasets import write_mnist, write_speech, write_trajectories
 from safetensors.torch import load_file
 
+from timm_smpconv import train as module
 from timm_smpconv._files import read_metadata
 from timm_smpconv.catalog import model_names
 from timm_smpconv.data import load_mnist, load_speech
@@ -349,3 +350,15 @@ def test_recipes_of_this_repository():
     for path in (folder / 'shipped').glob('*.yaml'):
         recipe = Recipe(**read_recipe(path))
         assert path.stem.startswith(recipe.model + '.') and path.with_suffix('.csv').is_file()
+
+
+def test_slow_steps_are_saved_by_the_clock(data_dir, tmp_path, monkeypatch):
+    saved = []
+    save = module._Run.save
+    monkeypatch.setattr(module._Run, 'save', lambda run: (saved.append(run.step), save(run)))
+    monkeypatch.setattr(module, '_RECOVERY_SECONDS', 0)
+    train(dataclasses.replace(RECIPE, epochs=1), data_dir, tmp_path / 'a', progress=False)
+    assert saved == [1, 2, 3, 4, 5]
+    saved.clear()
+    train(dataclasses.replace(RECIPE, epochs=1), data_dir, tmp_path / 'b', progress=False, recovery_interval=0)
+    assert saved == [5]

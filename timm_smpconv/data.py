@@ -305,7 +305,8 @@ def _write_records(content: bytes, folder: Path, start: int, name: str) -> int:
 
 
 def _make_speech(target: Path, files: List[Path], downloads: Path, progress: bool) -> Dict[str, int]:
-    files = [file for file in files if '.tar' in file.suffixes or file.suffix == '.tgz' or len(files) < 3]
+    # a folder may hold a licence beside them
+    files = [file for file in files if '.tar' in file.suffixes or file.suffix == '.tgz'] or files
     if not files:
         files = [_download(_SPEECH_URL, downloads, _SPEECH_HASH, progress)]
     if len(files) > 2:

@@ -34,6 +34,7 @@ __all__ = ['check_trainable', 'evaluate', 'train']
 _logger = logging.getLogger(__name__)
 
 _CHECKPOINT_VERSION = 2
+_RECOVERY_SECONDS = 300  # steps of the longest sequences take most of a minute
 
 
 def check_trainable(recipe: Recipe) -> Task:
@@ -136,6 +137,7 @@ class _Run:
         self.step = 0  # complete ones
         self.loss_sum, self.hits, self.seconds = 0.0, 0, 0.0  # of the epoch
         self.rows: List[Dict[str, str]] = []  # of the log
+        self.saved_at = time.monotonic()
         cfg = self.model.pretrained_cfg
         self.mean, self.std = [float(v) for v in cfg['mean']], [float(v) for v in cfg['std']]
         if not self._resume() and task.measured:
@@ -198,6 +200,7 @@ class _Run:
                 part,
             )
         self.write_log()
+        self.saved_at = time.monotonic()
 
     def write_log(self) -> None:
         """Writes the log as the rows have it, so that a killed run neither loses nor doubles one."""
@@ -260,7 +263,8 @@ def train(
         output: Folder for checkpoint.pt, log.csv, recipe.yaml and, at the end, model.safetensors and config.json, which
             timm.create_model('local-dir:OUTPUT', pretrained=True) loads.
         progress: Show progress bars.
-        recovery_interval: Steps between checkpoints within an epoch, 0 for none; there is one after each epoch.
+        recovery_interval: Steps between checkpoints within an epoch, 0 for none; where steps are slow there is one
+            every five minutes, and always one after each epoch.
         device: Device to train on. Runs repeat bit for bit on a CPU with the same number of threads.
 
     Returns:
@@ -334,8 +338,9 @@ def _train_epoch(
             loss=f'{run.loss_sum / done:.4f}', accuracy=f'{run.hits / done / recipe.batch_size:.4f}', refresh=False
         )
         bar.update(recipe.batch_size)
-        if recovery_interval and done < steps and run.step % recovery_interval == 0:
-            run.save()
+        if recovery_interval and done < steps:
+            if run.step % recovery_interval == 0 or time.monotonic() - run.saved_at > _RECOVERY_SECONDS:
+                run.save()
 
 
 def _mix(
