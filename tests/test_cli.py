@@ -3,19 +3,24 @@
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from datasets import speech_members, write_mnist, write_speech, write_tar, write_trajectories
 from PIL import Image
 from safetensors.torch import save_file
 
 import timm_smpconv
 from timm_smpconv.catalog import model_names
+from timm_smpconv.classes import CIFAR10
 from timm_smpconv.cli import main
 from timm_smpconv.predict import class_names, load_image, load_model, predict_files
+from timm_smpconv.recipe import read_recipe
+from timm_smpconv.validate import validate, wilson
 from timm_smpconv.weights import WEIGHTS, bundled_path
 
 DIGITS = Path(__file__).resolve().parents[1] / 'examples' / 'digits'
@@ -339,82 +344,172 @@ def test_class_names():
     assert names['smpconv_seq_pmnist'] == list('0123456789')
     assert names['smpconv_cifar'][3] == names['smpconv_seq_cifar'][3] == 'cat'
     assert len(names['smpconv_tiny']) == 1000 and names['smpconv_tiny'][207] == 'golden retriever'
-    assert names['smpconv_seq_chartraj'] == [str(i) for i in range(20)]
+    assert names['smpconv_seq_speech'] == names['smpconv_seq_speech_raw'] and names['smpconv_seq_speech'][9] == 'go'
+    assert ''.join(names['smpconv_seq_chartraj']) == 'abcdeghlmnopqrsuvwyz'
     assert class_names(timm.create_model('smpconv_tiny', num_classes=2, device='meta')) == ['0', '1']
 
 
 # validate and train
 
 
-@pytest.fixture
-def mnist(tmp_path):
-    """A small MNIST in the format of the original."""
-    raw = tmp_path / 'data' / 'MNIST' / 'raw'
-    raw.mkdir(parents=True)
-    generator = np.random.RandomState(0)
-    for prefix, count in (('train', 48), ('t10k', 20)):
-        images, labels = generator.randint(0, 256, (count, 28, 28)), generator.randint(0, 10, count)
-        for kind, code, values in (('images-idx3', 3, images), ('labels-idx1', 1, labels)):
-            header = np.array([0x800 + code, *values.shape], '>u4').tobytes()
-            (raw / f'{prefix}-{kind}-ubyte').write_bytes(header + values.astype(np.uint8).tobytes())
-    return tmp_path / 'data'
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Small data sets, as `timm-smpconv data` makes them."""
+    folder = tmp_path_factory.mktemp('data')
+    write_trajectories(write_speech(write_mnist(folder, 48, 20), 30, 20))
+    for i, name in enumerate(CIFAR10):
+        (folder / 'cifar10' / 'test' / name).mkdir(parents=True)
+        for j in range(2):
+            pixels = np.random.RandomState(10 * i + j).randint(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / 'cifar10' / 'test' / name / f'{j}.png')
+    return folder
 
 
-def test_validate(capsys, mnist, checkpoint):
-    arguments = ['validate', '--data-dir', mnist, '--checkpoint-path', checkpoint]
+def _save(name, path):
+    """Random weights whose predictions differ from sample to sample."""
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    torch.nn.init.normal_(model.get_classifier().weight)
+    save_file(model.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    'name',
+    ['smpconv_seq_mnist', 'smpconv_seq_pmnist', 'smpconv_seq_speech', 'smpconv_seq_chartraj', 'smpconv_seq_cifar'],
+)
+def test_validate(capsys, tmp_path, data, name):
+    weights = _save(name, tmp_path / 'weights.safetensors')
+    arguments = ['validate', '--model', name, '--data', data, '--checkpoint-path', weights]
     status, out, _ = run(capsys, *arguments, '--json')
     entry = json.loads(out)
     assert status == 0 and entry['total'] == 20 and entry['accuracy'] == pytest.approx(entry['hits'] / 20 * 100)
     low, high = entry['interval']
     assert 0 <= low <= entry['accuracy'] <= high <= 100 and 10 < high - low < 50
-    status, out, _ = run(capsys, *arguments)
-    assert status == 0 and f'{entry["hits"]} of 20' in out
+    picture = tmp_path / 'confusion.png'
+    status, out, _ = run(capsys, *arguments[:3], '--data-dir', data, *arguments[5:], '--confusion', picture)
+    assert status == 0 and f'{entry["hits"]} of 20 test samples' in out
+    with Image.open(picture) as image:
+        assert image.format == 'PNG' and min(image.size) > 500 and len(image.convert('L').getcolors()) > 3
 
 
-def test_validate_says_what_is_missing(capsys, tmp_path, checkpoint):
-    status, _, err = run(capsys, 'validate', '--model', 'smpconv_tiny', '--data-dir', tmp_path)
-    assert status == 2 and 'MNIST models' in err
+def test_validate_counts(tmp_path, data):
+    """Hits and confusion of an image folder, image by image."""
+    weights = _save('smpconv_cifar', tmp_path / 'weights.safetensors')
+    result = validate('smpconv_cifar', data, weights, progress=False)
+    model = load_model('smpconv_cifar', weights)
+    expected = torch.zeros(10, 10, dtype=torch.long)
+    for label, name in enumerate(CIFAR10):
+        for prediction in predict_files(model, sorted((data / 'cifar10' / 'test' / name).iterdir()), topk=1):
+            expected[label, prediction.predictions[0].index] += 1
+    assert torch.equal(result.confusion, expected) and result.total == 20
+    assert result.hits == expected.diagonal().sum() and result.names == list(CIFAR10)
+
+
+def test_validate_on_a_part_of_the_classes(tmp_path, data):
+    """Labels are those of the model, not the places of the folders."""
+    for name in ('truck', 'cat'):
+        shutil.copytree(data / 'cifar10' / 'test' / name, tmp_path / 'test' / name)
+    result = validate('smpconv_cifar', tmp_path, _save('smpconv_cifar', tmp_path / 'w.safetensors'), progress=False)
+    assert result.labels.tolist() == [3, 3, 9, 9]
+
+
+def test_validate_imagenet(tmp_path):
+    folder = tmp_path / 'val' / 'n01443537'
+    folder.mkdir(parents=True)
+    Image.fromarray(_pixels((50, 60, 3))).save(folder / 'fish.jpg')
+    weights = _save('smpconv_mobile31', tmp_path / 'w.safetensors')
+    result = validate('smpconv_mobile31', tmp_path, weights, progress=False)
+    assert result.labels.tolist() == [1] and result.names[1] == 'goldfish, Carassius auratus'
+
+
+def test_validate_says_what_is_missing(capsys, tmp_path, data, checkpoint):
     status, _, err = run(capsys, 'validate', '--data-dir', tmp_path, '--checkpoint-path', checkpoint)
     assert status == 2 and 'No MNIST under' in err and err.count('\n') == 1
+    for name, message in (
+        ('smpconv_tiny', 'one folder for each class (n01440764'),
+        ('smpconv_cifar', 'timm-smpconv data cifar10 DIR'),
+        ('smpconv_seq_speech', 'timm-smpconv data speech_commands'),
+        ('smpconv_seq_chartraj', 'timm-smpconv data character_trajectories'),
+    ):
+        status, _, err = run(capsys, 'validate', '--model', name, '--data', tmp_path)
+        assert status == 2 and message in err and err.count('\n') == 1
+    (tmp_path / 'cat').mkdir()
+    (tmp_path / 'unicorn').mkdir()
+    status, _, err = run(capsys, 'validate', '--model', 'smpconv_cifar', '--data', tmp_path)
+    assert status == 2 and 'unicorn is not a class of smpconv_cifar' in err
+    (tmp_path / 'unicorn').rmdir()
+    status, _, err = run(capsys, 'validate', '--model', 'smpconv_cifar', '--data', tmp_path)
+    assert status == 2 and 'Found 0 images' in err
+    status, _, err = run(capsys, 'validate', '--model', 'smpconv_cifar', '--data', data)
+    assert status == 2 and '--checkpoint-path' in err
+    status, _, err = run(capsys, 'validate', '--model', 'smpconv_tiny', '--data', data, '--confusion', 'x.png')
+    assert status == 2 and 'at most 40 classes' in err
 
 
-def test_train(capsys, tmp_path, mnist):
-    config = tmp_path / 'recipe.json'
-    config.write_text('{"epochs": 5, "batch_size": 4, "lr": 1}')
-    arguments = ['train', '--data-dir', mnist, '--output', tmp_path / 'run', '--config', config]
-    arguments += ['--epochs', 1, '--val-images', 40, '--lr', 1e-3, '--no-augment']
-    status, out, _ = run(capsys, *arguments)
-    assert status == 0 and Path(out.strip()).is_file()
-    recipe = json.loads((tmp_path / 'run' / 'recipe.json').read_text())
+def test_data(capsys, tmp_path):
+    archives = [write_tar(tmp_path / f'{speaker}.tar', speech_members([speaker])) for speaker in ('0a', '0b')]
+    arguments = ['data', 'speech_commands', tmp_path / 'data', '--archive', *archives]
+    status, out, err = run(capsys, *arguments)
+    assert (status, err) == (0, '') and out.endswith('speech_commands: 10 train samples, 10 test samples\n')
+    status, out, err = run(capsys, *arguments)
+    assert (status, err) == (0, '') and out.endswith('speech_commands: already there\n')
+    status, _, err = run(capsys, 'data', 'mnist', tmp_path / 'data', '--archive', tmp_path / 'absent')
+    assert status == 2 and 'No archive at' in err and err.count('\n') == 1
+    assert run(capsys, 'data', 'imagenet', tmp_path)[0] == 2
+
+
+def test_train(capsys, tmp_path, data, monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, 'set_num_threads', threads.append)
+    config = tmp_path / 'recipe.yaml'
+    config.write_text('epochs: 5\nbatch_size: 4\nlr: 1\n')
+    arguments = ['train', '--data-dir', data, '--output', tmp_path / 'run', '--config', config, '--threads', 2]
+    arguments += ['--epochs', 1, '--val-images', 44, '--lr', 1e-3, '--no-augment', '--model-kwargs', '{"depth": 6}']
+    status, out, err = run(capsys, *arguments)
+    assert status == 0 and threads == [2] and Path(out.strip()).is_file() and 'epoch 1/1' in err and 'sample/s' in err
+    recipe = read_recipe(tmp_path / 'run' / 'recipe.yaml')
     assert (recipe['epochs'], recipe['batch_size'], recipe['lr'], recipe['augment']) == (1, 4, 1e-3, False)
-    status, _, err = run(capsys, 'validate', '--data-dir', mnist, '--checkpoint-path', out.strip())
+    assert recipe['model_kwargs'] == {'depth': 6}
+    status, _, err = run(capsys, 'validate', '--data', data, '--checkpoint-path', out.strip())
     assert status == 0
     status, _, err = run(capsys, *arguments, '--seed', 3)
     assert status == 2 and 'another recipe' in err
+    status, _, err = run(capsys, *arguments[:-1], '[1]')
+    assert status == 2 and 'expected a JSON object' in err
 
 
 @pytest.mark.parametrize(
     'recipe,message',
     [
-        ('{', 'is not JSON'),
-        ('[]', 'JSON object'),
-        ('{"speed": 1}', 'unknown field'),
+        ('{', 'is not YAML'),
+        ('[]', 'must hold the fields'),
+        ('{"speed of light": 1}', 'unknown field'),
         ('{"epochs": "8"}', 'of type int'),
-        ('{"model": "resnet18"}', 'Unknown model'),
-        ('{"model": "smpconv_tiny"}', 'MNIST models'),
+        ('epochs: 0', 'epochs must be at least 1, got 0'),
+        ('lr: fast', 'of type float'),
+        ('model: resnet18', 'Unknown model'),
+        ('model: smpconv_tiny', "timm's own train.py trains smpconv_tiny: recipes/smpconv_tiny.yaml"),
+        ('noise: 0.1', 'has no effect'),
     ],
 )
 def test_bad_recipe(capsys, tmp_path, recipe, message):
-    path = tmp_path / 'recipe.json'
+    path = tmp_path / 'recipe.yaml'
     path.write_text(recipe)
     status, _, err = run(capsys, 'train', '--data-dir', tmp_path, '--output', tmp_path / 'run', '--config', path)
     assert status == 2 and message in err and not (tmp_path / 'run').exists()
 
 
 def test_recipes_of_the_repository_are_valid(capsys, tmp_path):
-    for path in RECIPES.glob('*.json'):
-        status, _, err = run(capsys, 'train', '--data-dir', tmp_path, '--output', tmp_path / 'run', '--config', path)
-        assert status == 2 and 'No MNIST under' in err
+    for path in [*RECIPES.glob('smpconv_seq_[mps]*.yaml'), *RECIPES.glob('shipped/*.yaml')]:
+        status, _, err = run(capsys, 'train', '--data', tmp_path, '--output', tmp_path / 'run', '--config', path)
+        assert status == 2 and 'timm-smpconv data' in err
+
+
+def test_wilson():
+    low, high = wilson(9950, 10000)
+    assert (low, high) == (pytest.approx(0.9934, abs=5e-5), pytest.approx(0.9962, abs=5e-5))
+    assert wilson(5, 5)[1] == 1.0 and wilson(0, 5)[0] == 0.0
 
 
 # the bundled weights

@@ -1,77 +1,257 @@
-"""Training of timm_smpconv.train on a few made-up digits: reproducible, resumable, and clear about what is wrong."""
+"""Training on a few made-up samples: reproducible, resumable after any kill, and clear about what is wrong."""
 
 import csv
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+import yaml
+from datasets import write_mnist, write_speech, write_trajectories
 from safetensors.torch import load_file
 
 from timm_smpconv import train as module
-from timm_smpconv.train import Recipe, augment_digits, evaluate, load_mnist, train
+from timm_smpconv._files import read_metadata
+from timm_smpconv.catalog import model_names
+from timm_smpconv.data import load_mnist, load_speech
+from timm_smpconv.predict import load_model
+from timm_smpconv.recipe import Recipe, read_recipe, recipe_text
+from timm_smpconv.tasks import (
+    TASKS,
+    augment_digits,
+    augment_waves,
+    channel_statistics,
+    mask_spectrogram,
+    normalize,
+    split,
+)
+from timm_smpconv.train import _mix, _seed, evaluate, train
 
-RECIPE = Recipe(epochs=2, batch_size=4, val_images=5, lr=1e-3)
+RECIPE = Recipe(epochs=2, batch_size=4, val_images=5, lr=1e-3, model_kwargs=dict(dim=6, depth=2))
+SPEECH = dict(
+    batch_size=8,
+    lr=1e-3,
+    input_drop_rate=0.0,
+    drop=0.1,
+    model_kwargs=dict(dim=8, depth=2),
+)
+AUGMENTATION = dict(
+    time_shift=0.1, speed=0.1, gain=6.0, noise=0.01, time_mask=20, freq_mask=8, mixup=0.4, smoothing=0.1
+)
 
 
 @pytest.fixture(scope='module')
 def data_dir(tmp_path_factory):
-    """Twenty-five training and ten test images in MNIST's own file format."""
-    folder = tmp_path_factory.mktemp('data')
-    raw = folder / 'MNIST' / 'raw'
-    raw.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for prefix, count in (('train', 25), ('t10k', 10)):
-        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = (np.arange(count) % 10).astype(np.uint8)
-        header = np.array([0x803, count, 28, 28], '>i4').tobytes()
-        (raw / f'{prefix}-images-idx3-ubyte').write_bytes(header + images.tobytes())
-        (raw / f'{prefix}-labels-idx1-ubyte').write_bytes(np.array([0x801, count], '>i4').tobytes() + labels.tobytes())
-    return folder
+    """Small MNIST, Speech Commands and character trajectories."""
+    return write_trajectories(write_speech(write_mnist(tmp_path_factory.mktemp('data'))))
 
 
-def test_load_mnist(data_dir, tmp_path):
-    images, labels = load_mnist(data_dir, train=False)
-    assert images.shape == (10, 1, 28, 28) and images.dtype == torch.uint8
-    assert labels.tolist() == list(range(10))
-    with pytest.raises(FileNotFoundError, match='MNIST/raw'):
-        load_mnist(tmp_path, train=True)
-
-
-def test_interrupted_run_continues(data_dir, tmp_path, monkeypatch):
-    """A run that dies in its second epoch and is started again ends with the weights of an unbroken run."""
+@pytest.fixture(autouse=True)
+def _one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        whole = load_file(train(RECIPE, data_dir, tmp_path / 'whole', progress=False))
-        batches = module._batches
+    yield
+    torch.set_num_threads(threads)
 
-        def dying(recipe, epoch, images, labels):
-            for i, batch in enumerate(batches(recipe, epoch, images, labels)):
-                if epoch == 1 and i == 2:
-                    raise KeyboardInterrupt
-                yield batch
 
-        monkeypatch.setattr(module, '_batches', dying)
-        with pytest.raises(KeyboardInterrupt):
-            train(RECIPE, data_dir, tmp_path / 'broken', progress=False)
-        assert not (tmp_path / 'broken' / 'model.safetensors').exists()
-        monkeypatch.setattr(module, '_batches', batches)
-        torch.manual_seed(123)  # the state of the generator is not what a run depends on
-        resumed = load_file(train(RECIPE, data_dir, tmp_path / 'broken', progress=False))
-    finally:
-        torch.set_num_threads(threads)
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    with (tmp_path / 'broken' / 'log.csv').open() as f:
-        assert [row['epoch'] for row in csv.DictReader(f)] == ['1', '2']
-    assert not list(tmp_path.glob('*/*.part'))
+def _log(output):
+    with (output / 'log.csv').open() as f:
+        return list(csv.DictReader(f))
+
+
+def _same(a, b):
+    a, b = load_file(a), load_file(b)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# runs
+
+
+def _start(config, data_dir, output):
+    command = [sys.executable, '-m', 'timm_smpconv', 'train', '--threads', '1', '--recovery-interval', '5']
+    command += ['--config', config, '--data', data_dir, '--output', output]
+    return subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='this system has no kill -9')
+def test_killed_run_continues(data_dir, tmp_path):
+    """kill -9 within an epoch, twice, then the end: weights and log of an unbroken run, bit for bit."""
+    data = write_speech(tmp_path / 'data', train=160, test=10)
+    recipe = Recipe('smpconv_seq_speech', epochs=2, **{**SPEECH, **AUGMENTATION, 'batch_size': 4, 'drop': 0.3})
+    config = tmp_path / 'recipe.yaml'
+    config.write_text(recipe_text(recipe))
+    whole = train(recipe, data, tmp_path / 'whole', progress=False)
+    broken = tmp_path / 'broken'
+
+    def step():
+        try:
+            return torch.load(broken / 'checkpoint.pt', weights_only=True)['step']
+        except FileNotFoundError:
+            return 0
+
+    per_epoch = len(split(load_speech(data, True), recipe, TASKS[recipe.model])[0]) // 4
+    stops = []
+    for goal in (per_epoch // 4, per_epoch + per_epoch // 4):
+        process = _start(config, data, broken)
+        while step() < goal and process.poll() is None:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        stops.append(step())
+    assert 0 < stops[0] < per_epoch < stops[1] < 2 * per_epoch and stops[0] % 5 == 0
+    assert not (broken / 'model.safetensors').exists()
+    torch.manual_seed(123)  # the state of the generator is not what a run depends on
+    path = train(recipe, data, broken, progress=False)
+    assert _same(whole, path) and whole.read_bytes() == path.read_bytes()
+    rows = [[{**row, 'seconds': '', 'samples_per_second': ''} for row in _log(path.parent)] for path in (whole, path)]
+    assert rows[0] == rows[1] and [row['epoch'] for row in rows[0]] == ['1', '2']
+
+
+def test_run_on_digits(data_dir, tmp_path):
+    path = train(RECIPE, data_dir, tmp_path / 'run', progress=False)
+    again = train(RECIPE, data_dir, tmp_path / 'again', progress=False, recovery_interval=0)
+    assert _same(path, again) and path.read_bytes() == again.read_bytes()
+    other = train(dataclasses.replace(RECIPE, seed=1), data_dir, tmp_path / 'other', progress=False)
+    assert not _same(path, other)
+    rows = _log(tmp_path / 'run')
+    assert [row['epoch'] for row in rows] == ['1', '2'] and float(rows[0]['samples_per_second']) > 0
+    assert 0 <= float(rows[0]['val_accuracy']) <= 1 and rows[0]['seed'] == '0'
+    names = {'checkpoint.pt', 'config.json', 'log.csv', 'model.safetensors', 'recipe.yaml'}
+    assert {file.name for file in path.parent.iterdir()} == names
+    assert train(RECIPE, data_dir, tmp_path / 'run', progress=False) == path  # finished: nothing more to do
+    assert _log(tmp_path / 'run') == rows
+
+
+@pytest.mark.parametrize('name', ['smpconv_seq_speech', 'smpconv_seq_chartraj'])
+def test_result_carries_its_statistics(data_dir, tmp_path, name):
+    recipe = Recipe(name, epochs=1, val_percent=20, model_ema_decay=0.0, **SPEECH)
+    path = train(recipe, data_dir, tmp_path, progress=False)
+    task = TASKS[name]
+    samples, held = split(task.load(data_dir, True), recipe, task)
+    mean, std = channel_statistics(samples, task)
+    model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert model.pretrained_cfg['mean'] == pytest.approx(mean) and model.pretrained_cfg['std'] == pytest.approx(std)
+    assert read_metadata(path)['mean'] == mean
+    x = normalize(task.inputs(samples.inputs, None, None), mean, std).double()
+    dims = (0, 2)
+    torch.testing.assert_close(x.mean(dims), torch.zeros(x.shape[1]).double(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(x.std(dims), torch.ones(x.shape[1]).double(), rtol=0, atol=1e-3)
+    accuracy = (evaluate(model, held, task, progress=False) == held.labels).float().mean().item()
+    assert float(_log(tmp_path)[0]['val_accuracy']) == pytest.approx(accuracy, abs=1e-5)
+
+
+def test_weights_alone_carry_the_statistics(data_dir, tmp_path):
+    recipe = Recipe('smpconv_seq_chartraj', epochs=1, batch_size=16)
+    path = train(recipe, data_dir, tmp_path, progress=False)
+    cfg = load_model('smpconv_seq_chartraj', path).pretrained_cfg
+    assert cfg['mean'] == pytest.approx([5] * 3, abs=0.2) and cfg['std'] == pytest.approx([2] * 3, abs=0.2)
+
+
+def test_raw_speech(data_dir, tmp_path):
+    """Raw audio is not normalised, and nothing need be held out."""
+    kwargs = dict(kernel_size=50, radius=0.05, dim=4, depth=1)
+    recipe = Recipe('smpconv_seq_speech_raw', epochs=1, **{**SPEECH, 'model_kwargs': kwargs}, val_percent=0)
+    train(recipe, data_dir, tmp_path, progress=False)
+    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).pretrained_cfg['mean'] == [0.0]
+    assert _log(tmp_path)[0]['val_accuracy'] == ''
+
+
+def test_it_learns(tmp_path):
+    """Tones that differ in pitch are told apart within seconds."""
+    data = write_speech(tmp_path / 'data', train=120, test=40)
+    recipe = Recipe('smpconv_seq_speech', epochs=8, **{**SPEECH, 'lr': 1e-2}, model_ema_decay=0.0)
+    train(recipe, data, tmp_path / 'run', progress=False)
+    assert float(_log(tmp_path / 'run')[-1]['train_accuracy']) > 0.5
 
 
 def test_other_recipe_in_the_same_folder(data_dir, tmp_path):
-    train(dataclasses.replace(RECIPE, epochs=1), data_dir, tmp_path, progress=False)
+    one = dataclasses.replace(RECIPE, epochs=1)
+    train(one, data_dir, tmp_path, progress=False)
     with pytest.raises(ValueError, match='another recipe'):
-        train(dataclasses.replace(RECIPE, epochs=1, lr=1e-2), data_dir, tmp_path, progress=False)
+        train(dataclasses.replace(one, lr=1e-2), data_dir, tmp_path, progress=False)
+    (tmp_path / 'checkpoint.pt').write_bytes(b'damaged')
+    with pytest.raises(ValueError, match='Cannot continue from .*it is damaged.*: delete it to start over'):
+        train(one, data_dir, tmp_path, progress=False)
+    (tmp_path / 'recipe.yaml').unlink()
+    with pytest.raises(ValueError, match='without its recipe.yaml'):
+        train(one, data_dir, tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(
+    'fields,message',
+    [
+        (dict(model='smpconv_cifar'), r"timm's own train.py trains smpconv_cifar: recipes/smpconv_cifar.yaml"),
+        (dict(noise=0.1), 'noise=0.1 has no effect on smpconv_seq_mnist, which knows augment, val_images'),
+        (dict(model='smpconv_seq_speech_raw', freq_mask=3), 'freq_mask=3 has no effect'),
+        (dict(val_images=22), 'Of 25 training samples 22 are held out'),
+    ],
+)
+def test_wrong_recipes(data_dir, tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(RECIPE, **fields), data_dir, tmp_path / 'run', progress=False)
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('name', list(TASKS))
+def test_wrong_data_folder(tmp_path, name):
+    """Nothing is begun where there are no data."""
+    with pytest.raises(FileNotFoundError, match='timm-smpconv data'):
+        train(Recipe(name), tmp_path, tmp_path / 'run', progress=False)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_loss_that_explodes(data_dir, tmp_path):
+    with pytest.raises(FloatingPointError, match='lower lr'):
+        train(dataclasses.replace(RECIPE, lr=1e30, opt='sgd', warmup_epochs=0), data_dir, tmp_path, progress=False)
+
+
+# recipes
+
+
+def test_recipe_file(tmp_path):
+    path = tmp_path / 'recipe.yaml'
+    recipe = Recipe('smpconv_seq_speech', lr=1e-5, model_kwargs=dict(dim=4))
+    path.write_text(recipe_text(recipe))
+    assert Recipe(**read_recipe(path)) == recipe
+    path.write_text('{"epochs": 5, "lr": 1, "augment": false}')
+    assert read_recipe(path) == dict(epochs=5, lr=1.0, augment=False)
+    path.write_text('lr: 1e-3  # text to YAML\n')
+    assert read_recipe(path) == dict(lr=1e-3)
+
+
+@pytest.mark.parametrize('field', ['epochs', 'batch_size', 'speed', 'val_percent', 'model_ema_decay'])
+def test_fields_out_of_range(field):
+    with pytest.raises(ValueError, match=f'{field} must be .*got -1'):
+        Recipe(**{field: -1})
+
+
+# parts
+
+
+def test_split_by_speaker(data_dir):
+    task = TASKS['smpconv_seq_speech']
+    samples = load_speech(data_dir, True)
+    part, held = split(samples, Recipe('smpconv_seq_speech', batch_size=1), task)
+    assert len(part) + len(held) == 30 and len(held) > 0
+    assert not set(part.speakers.tolist()) & set(held.speakers.tolist()) and (held.speakers % 100 < 15).all()
+    part, held = split(samples, Recipe('smpconv_seq_speech', batch_size=1, val_percent=0), task)
+    assert (len(part), len(held)) == (30, 0)
+
+
+def test_split_of_others(data_dir):
+    task = TASKS['smpconv_seq_chartraj']
+    samples = task.load(data_dir, True)
+    parts = [split(samples, Recipe(batch_size=1, val_percent=25), task) for _ in range(2)]
+    assert [len(part) for part in parts[0]] == [30, 10] and torch.equal(parts[0][1].inputs, parts[1][1].inputs)
+    part, held = split(load_mnist(data_dir, True), RECIPE, TASKS['smpconv_seq_mnist'])
+    assert (len(part), len(held)) == (20, 5)
 
 
 def test_augment_digits():
@@ -89,12 +269,96 @@ def test_augment_digits():
     assert (rows - 13.5).abs().max() < 4 and (rows - 13.5).abs().mean() > 0.2
 
 
-def test_evaluate(data_dir):
-    import timm
+def _augmented(waves, **fields):
+    return augment_waves(waves, Recipe(**fields), torch.Generator().manual_seed(0))
 
-    images, labels = load_mnist(data_dir, train=False)
+
+def test_augment_waves():
+    assert torch.equal(_augmented(torch.ones(3, 50)), torch.ones(3, 50))
+    # a shift is a shift: whole samples, silence moves in
+    waves = torch.zeros(200, 16000)
+    waves[:, 8000] = 1.0
+    shifted = _augmented(waves, time_shift=0.1)
+    assert torch.equal(shifted.sum(1), torch.ones(200)) and shifted.max() == 1
+    places = shifted.argmax(1) - 8000
+    assert places.abs().max() <= 1600 and places.min() < -1300 and places.max() > 1300
+    ones = _augmented(torch.ones(200, 16000), time_shift=0.1)
+    assert set(ones.unique().tolist()) == {0.0, 1.0} and ((ones == 0).sum(1) == places.abs()).all()
+    # faster: the two ends come nearer
+    waves = torch.zeros(100, 16000)
+    waves[:, 4000:12000] = 1.0
+    durations = _augmented(waves, speed=0.2).sum(1)
+    assert durations.min() > 8000 / 1.2 - 2 and durations.max() < 8000 / 0.8 + 2
+    assert durations.min() < 7000 and durations.max() > 9500
+    factors = _augmented(torch.ones(500, 2), gain=6.0)[:, 0]
+    assert 10 ** (-6 / 20) <= factors.min() < 0.55 and 1.9 < factors.max() <= 10 ** (6 / 20)
+    noise = _augmented(torch.zeros(200, 4000), noise=0.1).std(1)
+    assert 0 < noise.min() < 0.01 and 0.09 < noise.max() < 0.105
+
+
+def test_mask_spectrogram():
+    spectrogram = torch.randn(300, 64, 161, generator=torch.Generator().manual_seed(1))
+    recipe = Recipe(time_mask=25, freq_mask=8)
+    masked = mask_spectrogram(spectrogram, recipe, torch.Generator().manual_seed(0))
+    changed = masked != spectrogram
+    frames, bands = changed.all(1).sum(1), changed.all(2).sum(1)
+    assert frames.max() <= 25 and frames.max() >= 22 and bands.max() <= 8 and bands.max() >= 7
+    assert (changed.flatten(1).sum(1) == frames * 64 + bands * 161 - frames * bands).all()
+    assert masked[changed].abs().max() < 0.1  # the mean
+    assert torch.equal(mask_spectrogram(spectrogram, Recipe(), torch.Generator()), spectrogram)
+
+
+def test_mix():
+    x, labels = torch.arange(4.0).reshape(4, 1, 1), torch.tensor([0, 1, 2, 3])
+    mixed, target = _mix(x, labels, 4, np.random.default_rng(0), 0.4)
+    torch.testing.assert_close(target.sum(1), torch.ones(4))
+    assert torch.equal(target.argmax(1), labels)
+    torch.testing.assert_close(mixed.flatten(), target @ torch.arange(4.0))
+
+
+def test_seeds_differ():
+    assert len({_seed(a, b, c) for a in range(5) for b in range(5) for c in range(5)}) == 125
+
+
+def test_evaluate(data_dir):
+    samples = load_mnist(data_dir, train=False)
     model = timm.create_model('smpconv_seq_mnist')
-    predictions = evaluate(model, images, labels, batch_size=3, progress=False)
-    x = (images.float() / 255 - 0.1307) / 0.3081
+    predictions = evaluate(model, samples, TASKS['smpconv_seq_mnist'], batch_size=3, progress=False)
+    x = (samples.inputs.float() / 255 - 0.1307) / 0.3081
     with torch.no_grad():
         assert torch.equal(predictions, model.eval()(x).argmax(1))
+
+
+def test_recipes_of_this_repository():
+    """The recipe of each model names it, and its head holds the command."""
+    folder = Path(__file__).resolve().parents[1] / 'recipes'
+    names = [path.stem for path in folder.glob('*.yaml')]
+    assert sorted(names) == model_names()
+    for name in names:
+        path = folder / f'{name}.yaml'
+        text = path.read_text()
+        head = ' '.join(line.lstrip('# ').rstrip('\\') for line in text.splitlines() if line.startswith('#'))
+        fields = yaml.safe_load(text)
+        assert fields['model'] == name
+        if name in TASKS:
+            assert f'timm-smpconv train --config recipes/{name}.yaml --data data --output' in head
+            Recipe(**read_recipe(path))
+        else:
+            assert f'train.py --config recipes/{name}.yaml --device-modules timm_smpconv --data-dir' in head
+            assert fields['sched'] == 'cosine' and fields['batch_size'] * 8 in (2048, 512)
+            assert all(key.replace('_', '').isalpha() for key in fields)
+    for path in (folder / 'shipped').glob('*.yaml'):
+        recipe = Recipe(**read_recipe(path))
+        assert path.stem.startswith(recipe.model + '.') and path.with_suffix('.csv').is_file()
+
+
+def test_slow_steps_are_saved_by_the_clock(data_dir, tmp_path, monkeypatch):
+    saved = []
+    save = module._Run.save
+    monkeypatch.setattr(module._Run, 'save', lambda run: (saved.append(run.step), save(run)))
+    monkeypatch.setattr(module, '_RECOVERY_SECONDS', 0)
+    train(dataclasses.replace(RECIPE, epochs=1), data_dir, tmp_path / 'a', progress=False)
+    assert saved == [1, 2, 3, 4, 5]
+    saved.clear()
+    train(dataclasses.replace(RECIPE, epochs=1), data_dir, tmp_path / 'b', progress=False, recovery_interval=0)
+    assert saved == [5]

@@ -163,7 +163,7 @@ def _add_train(commands: Any) -> None:
         type=int,
         default=100,
         metavar='STEPS',
-        help='steps between checkpoints within an epoch, 0 for none (default: 100)',
+        help='steps between checkpoints within an epoch, at most five minutes; 0 for none (default: 100)',
     )
     recipe = command.add_argument_group('recipe')
     for field in dataclasses.fields(Recipe):

@@ -6,6 +6,7 @@ data set appears in its folder when it is complete.
 
 import contextlib
 import dataclasses
+import functools
 import gzip
 import hashlib
 import io
@@ -177,12 +178,17 @@ def _readable(path: Path) -> Iterator[None]:
 def _members(path: Path, progress: bool) -> Iterator[Tuple[str, Callable[[], bytes]]]:
     """Names of the regular files of a tar archive with functions that read them, in one pass with a progress bar."""
     size = path.stat().st_size
+
+    def read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+        with _readable(path):
+            return tar.extractfile(member).read()
+
     with _readable(path), path.open('rb') as raw:
         with tqdm.wrapattr(raw, 'read', total=size, desc=path.name, disable=not progress, leave=False) as stream:
             with tarfile.open(fileobj=stream, mode='r|*') as tar:
                 for member in tar:
                     if member.isreg():
-                        yield member.name, lambda member=member: tar.extractfile(member).read()
+                        yield member.name, functools.partial(read, tar, member)
 
 
 # MNIST
@@ -299,7 +305,8 @@ def _write_records(content: bytes, folder: Path, start: int, name: str) -> int:
 
 
 def _make_speech(target: Path, files: List[Path], downloads: Path, progress: bool) -> Dict[str, int]:
-    files = [file for file in files if '.tar' in file.suffixes or file.suffix == '.tgz' or len(files) < 3]
+    # a folder may hold a licence beside them
+    files = [file for file in files if '.tar' in file.suffixes or file.suffix == '.tgz'] or files
     if not files:
         files = [_download(_SPEECH_URL, downloads, _SPEECH_HASH, progress)]
     if len(files) > 2:

@@ -101,7 +101,7 @@ def augment_waves(waves: torch.Tensor, recipe: Recipe, generator: torch.Generato
         middle = (length - 1) / 2
         position = (torch.arange(length) - middle) * (1 + uniform(recipe.speed)) + middle - shift
         # linear interpolation, with a zero beyond each end
-        position = (position + 1).clamp(0, length + 0.999)
+        position = (position + 1).clamp(0, length + 1)
         left = position.floor().long()
         padded = F.pad(waves, (1, 2))
         waves = torch.lerp(padded.gather(1, left), padded.gather(1, left + 1), position - left)

@@ -34,6 +34,7 @@ __all__ = ['check_trainable', 'evaluate', 'train']
 _logger = logging.getLogger(__name__)
 
 _CHECKPOINT_VERSION = 2
+_RECOVERY_SECONDS = 300  # steps of the longest sequences take most of a minute
 
 
 def check_trainable(recipe: Recipe) -> Task:
@@ -136,6 +137,7 @@ class _Run:
         self.step = 0  # complete ones
         self.loss_sum, self.hits, self.seconds = 0.0, 0, 0.0  # of the epoch
         self.rows: List[Dict[str, str]] = []  # of the log
+        self.saved_at = time.monotonic()
         cfg = self.model.pretrained_cfg
         self.mean, self.std = [float(v) for v in cfg['mean']], [float(v) for v in cfg['std']]
         if not self._resume() and task.measured:
@@ -157,18 +159,23 @@ class _Run:
         path = self._checkpoint_path
         if not path.exists():
             return False
+        advice = 'delete it to start over'
         try:
             checkpoint = torch.load(path, map_location=self.device, weights_only=True)
-            if checkpoint.get('version') != _CHECKPOINT_VERSION:
-                raise ValueError('it is of another version of this package')
+            version = checkpoint.get('version')
+        except Exception as e:  # torch.load raises almost anything, with long advice that does not help here
+            raise ValueError(f'Cannot continue from {path}, it is damaged or no checkpoint: {advice}.') from e
+        if version != _CHECKPOINT_VERSION:
+            raise ValueError(f'Cannot continue from {path}, which another version of this package wrote: {advice}.')
+        try:
             self.model.load_state_dict(checkpoint['state_dict'])
             self.optimizer.load_state_dict(checkpoint['optimizer'])
             if self.ema:
                 self.ema.module.load_state_dict(checkpoint['state_dict_ema'])
             for name in ('step', 'loss_sum', 'hits', 'seconds', 'rows', 'mean', 'std'):
                 setattr(self, name, checkpoint[name])
-        except Exception as e:  # a damaged file makes torch.load raise almost anything
-            raise ValueError(f'Cannot continue from {path} ({e}): delete it to start over.') from e
+        except (KeyError, RuntimeError, ValueError) as e:
+            raise ValueError(f'Cannot continue from {path} ({e}): {advice}.') from e
         _logger.info('Continuing %s after step %d.', self.output, self.step)
         return True
 
@@ -193,6 +200,7 @@ class _Run:
                 part,
             )
         self.write_log()
+        self.saved_at = time.monotonic()
 
     def write_log(self) -> None:
         """Writes the log as the rows have it, so that a killed run neither loses nor doubles one."""
@@ -255,7 +263,8 @@ def train(
         output: Folder for checkpoint.pt, log.csv, recipe.yaml and, at the end, model.safetensors and config.json, which
             timm.create_model('local-dir:OUTPUT', pretrained=True) loads.
         progress: Show progress bars.
-        recovery_interval: Steps between checkpoints within an epoch, 0 for none; there is one after each epoch.
+        recovery_interval: Steps between checkpoints within an epoch, 0 for none; where steps are slow there is one
+            every five minutes, and always one after each epoch.
         device: Device to train on. Runs repeat bit for bit on a CPU with the same number of threads.
 
     Returns:
@@ -329,8 +338,9 @@ def _train_epoch(
             loss=f'{run.loss_sum / done:.4f}', accuracy=f'{run.hits / done / recipe.batch_size:.4f}', refresh=False
         )
         bar.update(recipe.batch_size)
-        if recovery_interval and done < steps and run.step % recovery_interval == 0:
-            run.save()
+        if recovery_interval and done < steps:
+            if run.step % recovery_interval == 0 or time.monotonic() - run.saved_at > _RECOVERY_SECONDS:
+                run.save()
 
 
 def _mix(
@@ -351,7 +361,7 @@ def _write_result(run: _Run) -> Path:
     model.load_state_dict(run.final.state_dict())
     model.pretrained_cfg.update(mean=tuple(run.mean), std=tuple(run.std))
     with atomic_path(run.output / 'config.json') as part:
-        save_config_for_hf(model, str(part), model_args=recipe.model_kwargs or None)
+        save_config_for_hf(model, part, model_args=recipe.model_kwargs or None)
     path = run.output / 'model.safetensors'
     # a file on its own says how its input is normalised
     metadata = dict(architecture=model.pretrained_cfg['architecture'], mean=run.mean, std=run.std)

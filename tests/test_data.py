@@ -1,0 +1,339 @@
+"""Preparation of data sets from made-up archives in the formats of the originals."""
+
+import builtins
+import gzip
+import hashlib
+import io
+import shutil
+import zipfile
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from datasets import speech_members, wav, write_mnist, write_speech, write_tar
+from PIL import Image
+from safetensors.torch import save_file
+
+from timm_smpconv import data
+from timm_smpconv._files import atomic_path, read_metadata
+from timm_smpconv.classes import CIFAR10, SPEECH_WORDS
+from timm_smpconv.data import load_character_trajectories, load_mnist, load_speech, prepare
+
+
+def make(name, folder, *archives):
+    return prepare(name, folder, archives, progress=False)
+
+
+def nothing_left(folder):
+    return not list(folder.rglob('*.part'))
+
+
+# all
+
+
+def test_unknown_or_wrong_folder(tmp_path):
+    with pytest.raises(ValueError, match="Unknown data set 'imagenet': expected one of mnist"):
+        make('imagenet', tmp_path)
+    (tmp_path / 'file').touch()
+    with pytest.raises(ValueError, match='is not a folder'):
+        make('mnist', tmp_path / 'file')
+    with pytest.raises(FileNotFoundError, match=r'No archive at .*absent\.tar'):
+        make('speech_commands', tmp_path, tmp_path / 'absent.tar')
+    (tmp_path / 'speech_commands').mkdir()
+    with pytest.raises(ValueError, match=r'lacks train\.safetensors.* delete this folder'):
+        make('speech_commands', tmp_path)
+
+
+@pytest.mark.parametrize('name', list(data.DATA_SETS))
+def test_no_download(name, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise URLError('no network')
+
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
+    with pytest.raises(OSError, match='Cannot download .* --archive'):
+        make(name, tmp_path)
+    assert nothing_left(tmp_path) and not (tmp_path / name).exists()
+
+
+def test_atomic_path(tmp_path):
+    path = tmp_path / 'new' / 'file'
+    with pytest.raises(KeyError):
+        with atomic_path(path) as part:
+            part.write_text('half')
+            raise KeyError
+    assert list(path.parent.iterdir()) == []
+    with atomic_path(path) as part:
+        part.write_text('whole')
+    assert [p.name for p in path.parent.iterdir()] == ['file']
+
+
+# MNIST
+
+
+@pytest.fixture
+def idx(tmp_path, monkeypatch):
+    raw = write_mnist(tmp_path / 'original') / 'MNIST' / 'raw'
+    sums = {f.name: hashlib.md5(f.read_bytes(), usedforsecurity=False).hexdigest() for f in sorted(raw.iterdir())}
+    monkeypatch.setattr(data, '_MNIST_MD5', sums)
+    return raw
+
+
+@pytest.mark.parametrize('packed', [True, False])
+def test_mnist(tmp_path, idx, packed):
+    given = tmp_path / 'given'
+    given.mkdir()
+    for file in idx.iterdir():
+        if packed:
+            (given / f'{file.name}.gz').write_bytes(gzip.compress(file.read_bytes()))
+        else:
+            shutil.copy(file, given)
+    archives = [given] if packed else given.iterdir()
+    result = make('mnist', tmp_path / 'data', *archives)
+    assert result.new and result.counts == dict(train=25, test=10) and result.path == tmp_path / 'data' / 'MNIST'
+    assert load_mnist(tmp_path / 'data', True).inputs.shape == (25, 1, 28, 28)
+    assert len(load_mnist(tmp_path / 'data', False)) == 10
+    assert not make('mnist', tmp_path / 'data', tmp_path).new and nothing_left(tmp_path)
+
+
+def test_wrong_mnist(tmp_path, idx):
+    with pytest.raises(ValueError, match='t10k-labels-idx1-ubyte is missing|is missing'):
+        make('mnist', tmp_path / 'data', idx / 'train-images-idx3-ubyte')
+    (idx / 'train-labels-idx1-ubyte').write_bytes(b'other')
+    with pytest.raises(ValueError, match='is not the train-labels-idx1-ubyte of MNIST'):
+        make('mnist', tmp_path / 'data', idx)
+    (idx / 'train-labels-idx1-ubyte').rename(idx / 'train-labels-idx1-ubyte.gz')
+    with pytest.raises(ValueError, match='not a complete archive'):
+        make('mnist', tmp_path / 'data', idx)
+    assert nothing_left(tmp_path) and not (tmp_path / 'data' / 'MNIST').exists()
+    with pytest.raises(FileNotFoundError, match='MNIST/raw.*timm-smpconv data mnist'):
+        load_mnist(tmp_path, train=True)
+
+
+# CIFAR-10
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    monkeypatch.setattr(data, '_CIFAR10_COUNTS', dict(train=20, test=10))
+
+
+def _records(count, seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 3072), dtype=np.uint8)
+    return np.concatenate([(np.arange(count, dtype=np.uint8) % 10)[:, None], pixels], 1)
+
+
+def test_binary_cifar10(tmp_path, few_images):
+    records = [_records(10, 0), _records(10, 1), _records(10, 2)]
+    names = ('data_batch_1.bin', 'data_batch_2.bin', 'test_batch.bin')
+    members = {'batches.meta.txt': b'airplane\n', **{n: r.tobytes() for n, r in zip(names, records)}}
+    archive = write_tar(tmp_path / 'cifar-10-binary.tar.gz', members, 'cifar-10-batches-bin/')
+    result = make('cifar10', tmp_path, archive)
+    assert result.counts == dict(train=20, test=10)
+    assert not make('cifar10', tmp_path, archive).new
+    for label, name in enumerate(CIFAR10):
+        first, second = sorted((result.path / 'train' / name).iterdir())
+        for path, record in ((first, records[0][label]), (second, records[1][label])):
+            image = np.asarray(Image.open(path))
+            assert image.shape == (32, 32, 3) and (image.transpose(2, 0, 1).ravel() == record[1:]).all()
+        assert len(list((result.path / 'test' / name).iterdir())) == 1
+
+
+def _image(size=(32, 32)):
+    buffer = io.BytesIO()
+    Image.new('RGB', size, (9, 99, 199)).save(buffer, 'JPEG')
+    return buffer.getvalue()
+
+
+def test_cifar10_of_folders(tmp_path, few_images):
+    members = {f'train/{name}/{i:04}.jpg': _image() for name in CIFAR10 for i in range(2)}
+    members.update({f'test/{name}/0000.jpg': _image() for name in CIFAR10})
+    members['../../outside.jpg'] = members['/train/outside/0.jpg'] = members['train/cat/../../x.jpg'] = _image()
+    result = make('cifar10', tmp_path / 'data', write_tar(tmp_path / 'cifar10.tar.xz', members))
+    assert result.counts == dict(train=20, test=10)
+    assert len(list((tmp_path / 'data').rglob('*.jpg'))) == 30 and not list(tmp_path.glob('*.jpg'))
+
+
+def test_wrong_cifar10(tmp_path, few_images):
+    few = write_tar(tmp_path / 'few.tar', {'test_batch.bin': _records(10, 0).tobytes()})
+    odd = write_tar(tmp_path / 'odd.tar', {'test_batch.bin': b'123'})
+    label = write_tar(tmp_path / 'label.tar', {'test_batch.bin': bytes([10]) + bytes(3072)})
+    pickled = write_tar(tmp_path / 'pickled.tar', {'cifar-10-batches-py/data_batch_1': b'0'})
+    large = write_tar(tmp_path / 'large.tar', {'train/cat/1.jpg': _image((33, 32))})
+    cut = tmp_path / 'cut.tar.gz'
+    cut.write_bytes(
+        write_tar(tmp_path / 'all.tar.gz', {'test_batch.bin': _records(10, 0).tobytes()}).read_bytes()[:9000]
+    )
+    text = tmp_path / 'text.tar'
+    text.write_text('no archive')
+    for archive, message in (
+        (few, 'found 0 and 10'),
+        (odd, 'multiple of 3073'),
+        (label, 'a label above 9'),
+        (pickled, 'pickled version .*cifar-10-binary'),
+        (large, 'is 33 x 32, expected 32 x 32'),
+        (cut, 'not a complete archive'),
+        (text, 'not a complete archive'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make('cifar10', tmp_path / 'data', archive)
+    assert nothing_left(tmp_path) and not (tmp_path / 'data' / 'cifar10').exists()
+
+
+# Speech Commands
+
+
+def test_speech_in_two_parts(tmp_path):
+    soundfile = pytest.importorskip('soundfile')
+    train = speech_members(['0a', '0b'])
+    short = speech_members(['0c'], length=9000)
+    samples = (1000 * np.sin(np.arange(20000))).astype(np.int16)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, 16000, format='FLAC', subtype='PCM_16')
+    del short['go/0c_nohash_0.wav']
+    short.update({'go/0c_nohash_0.flac': buffer.getvalue(), 'LICENSE': b'', 'cat/0c_nohash_0.wav': b'another word'})
+    archives = write_tar(tmp_path / '1.tar', train, './'), write_tar(tmp_path / '2.tar.gz', short)
+    result = make('speech_commands', tmp_path, *archives)
+    assert result.counts == dict(train=20, test=10)
+    part = load_speech(tmp_path, True)
+    assert part.inputs.shape == (20, 16000) and part.inputs.dtype == torch.int16
+    assert len(part.speakers.unique()) == 2 and part.labels.bincount().tolist() == [2] * 10
+    for wave, label in zip(part.inputs, part.labels):
+        assert wave[0] // 100 == label
+    part = load_speech(tmp_path, False)
+    for wave, label in zip(part.inputs, part.labels):
+        word = SPEECH_WORDS[label]
+        expected = samples[:16000] if word == 'go' else np.pad(np.arange(9000) % 100 + 100 * int(label), (0, 7000))
+        assert (wave.numpy() == expected).all(), word
+    metadata = read_metadata(result.path / 'test.safetensors')
+    assert tuple(metadata['words']) == SPEECH_WORDS and '2.tar.gz' in metadata['source']
+
+
+def test_official_speech(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, '_SPEECH_TESTS', 10)
+    members = speech_members(['0a', '0b', '0c'])
+    listed = ''.join(f'{word}/0b_nohash_0.wav\n' for word in (*SPEECH_WORDS, 'cat'))
+    members = {'testing_list.txt': listed.encode(), '_background_noise_/white.wav': b'', **members}
+    archive = write_tar(tmp_path / 'speech_commands_v0.02.tar.gz', members, './')
+    assert make('speech_commands', tmp_path, archive).counts == dict(train=20, test=10)
+    shared = set(load_speech(tmp_path, True).speakers.tolist()) & set(load_speech(tmp_path, False).speakers.tolist())
+    assert not shared
+
+
+def test_wrong_speech(tmp_path):
+    good = write_tar(tmp_path / 'good.tar', speech_members(['0a']))
+    members = speech_members(['0b'])
+    fast = write_tar(tmp_path / 'fast.tar', {**members, 'go/0b_nohash_0.wav': wav([1, 2], rate=8000)})
+    stereo = write_tar(tmp_path / 'stereo.tar', {**members, 'go/0b_nohash_0.wav': wav([1, 2], channels=2)})
+    broken = write_tar(tmp_path / 'broken.tar', {**members, 'go/0b_nohash_0.wav': b'RIFFxxxx'})
+    missing = write_tar(tmp_path / 'missing.tar', {k: v for k, v in members.items() if not k.startswith('stop')})
+    for archives, message in (
+        ([good], 'has no testing_list.txt'),
+        ([good, good], '1 speakers are in both'),
+        ([good, fast], 'expected 16000 Hz, 1 channel and 16 bits, got 8000'),
+        ([good, stereo], 'got 16000, 2 and 16'),
+        ([good, broken], 'go/0b_nohash_0.wav .* is not a readable'),
+        ([good, missing], 'The test data has no recording of stop'),
+        ([good] * 3, 'or one of training and one of test data, got 3'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make('speech_commands', tmp_path / 'data', *archives)
+    assert nothing_left(tmp_path) and not (tmp_path / 'data' / 'speech_commands').exists()
+
+
+def test_flac_without_soundfile(tmp_path, monkeypatch):
+    def absent(name, *args, **kwargs):
+        if name == 'soundfile':
+            raise ImportError
+        return original(name, *args, **kwargs)
+
+    original = builtins.__import__
+    monkeypatch.setattr(builtins, '__import__', absent)
+    archive = write_tar(tmp_path / 'flac.tar', {'go/0a_nohash_0.flac': b'fLaC'})
+    with pytest.raises(ValueError, match=r'pip install timm-smpconv\[audio\]'):
+        make('speech_commands', tmp_path, archive, archive)
+
+
+def test_wrong_prepared_speech(tmp_path):
+    with pytest.raises(FileNotFoundError, match='Make it with: timm-smpconv data speech_commands'):
+        load_speech(tmp_path, True)
+    path = write_speech(tmp_path) / 'speech_commands' / 'train.safetensors'
+    save_file({'waves': torch.zeros(2, 8000)}, path)
+    with pytest.raises(ValueError, match='make it again'):
+        load_speech(tmp_path, True)
+    path.write_bytes(b'123')
+    with pytest.raises(ValueError, match='not a readable safetensors'):
+        load_speech(tmp_path, True)
+
+
+# character trajectories
+
+TS = """#The data
+@problemName CharacterTrajectories
+@classLabel true 1 2 3
+@data
+{lines}
+"""
+
+
+def _ts(*lines):
+    return TS.format(lines='\n'.join(lines)).encode()
+
+
+@pytest.fixture
+def few_trajectories(monkeypatch):
+    monkeypatch.setattr(data, '_TRAJECTORY_COUNTS', dict(train=2, test=1))
+
+
+def test_trajectories(tmp_path, few_trajectories):
+    long = ','.join(['1'] * 182)
+    train, test = _ts('0.5,1,-2e-1:3,4,5:6,7,8:1', f'{long}:{long}:{long}:20'), _ts('1:2:3:2')
+    with zipfile.ZipFile(tmp_path / 'CharacterTrajectories.zip', 'w') as archive:
+        archive.writestr('CharacterTrajectories_TRAIN.ts', train)
+        archive.writestr('CharacterTrajectories_TEST.ts', test)
+        archive.writestr('CharacterTrajectories.txt', 'about')
+    result = make('character_trajectories', tmp_path, tmp_path / 'CharacterTrajectories.zip')
+    assert result.counts == dict(train=2, test=1)
+    part = load_character_trajectories(tmp_path, True)
+    assert part.inputs.shape == (2, 3, 182) and part.labels.tolist() == [0, 19]
+    assert part.inputs[0, :, :4].tolist() == [
+        [0.5, 1, pytest.approx(-0.2), pytest.approx(-0.2)],
+        [3, 4, 5, 5],
+        [6, 7, 8, 8],
+    ]
+    assert load_character_trajectories(tmp_path, False).inputs[0, 2].unique().tolist() == [3]
+
+    for name, content in (('TRAIN', train), ('TEST', test)):
+        (tmp_path / f'CharacterTrajectories_{name}.ts').write_bytes(content)
+    files = tmp_path / 'CharacterTrajectories_TRAIN.ts', tmp_path / 'CharacterTrajectories_TEST.ts'
+    assert make('character_trajectories', tmp_path / 'again', *files).new
+
+
+@pytest.mark.parametrize(
+    'line,message',
+    [
+        ('1,2:3:4,5:1', 'line 5: expected series of numbers of one length'),
+        ('1:2:x:1', 'line 5: expected series of numbers'),
+        ('1:2:nan:1', 'finite numbers'),
+        ('1:2:3:a', 'and a class'),
+        ('1:2:3:21', 'a class from 1 to 20'),
+        ('1:2:1', 'expected 3 series'),
+        (':'.join([','.join(['0'] * 183)] * 3 + ['1']), 'at most 182'),
+        ('1:2:3:4', 'has 1 trajectories, expected 2'),
+        ('', 'no lines behind @data'),
+    ],
+)
+def test_wrong_trajectories(tmp_path, few_trajectories, line, message):
+    (tmp_path / 'CharacterTrajectories_TRAIN.ts').write_bytes(_ts(line))
+    with pytest.raises(ValueError, match=message):
+        make('character_trajectories', tmp_path / 'data', tmp_path / 'CharacterTrajectories_TRAIN.ts')
+    assert nothing_left(tmp_path)
+
+
+def test_missing_trajectories(tmp_path):
+    (tmp_path / 'bad.zip').write_text('no archive')
+    with pytest.raises(ValueError, match='not a complete archive'):
+        make('character_trajectories', tmp_path, tmp_path / 'bad.zip')
+    (tmp_path / 'other.ts').touch()
+    with pytest.raises(ValueError, match='CharacterTrajectories_TRAIN.ts or in a .zip that holds it: it is missing'):
+        make('character_trajectories', tmp_path, tmp_path / 'other.ts')
