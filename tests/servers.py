@@ -12,6 +12,7 @@ from minihub import Hub, Server
 
 @contextlib.contextmanager
 def serve(server):
+    server.handle_error = lambda request, address: None  # a client that has left is no news
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

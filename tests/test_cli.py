@@ -293,7 +293,7 @@ def test_topk_out_of_range(capsys, digit, topk):
 def test_model_without_weights(capsys, digit):
     status, out, err = run(capsys, 'predict', digit, '--model', 'smpconv_mobile31')
     assert status == 2 and not out and err.count('\n') == 1
-    assert 'No pretrained weights exist for smpconv_mobile31.in1k' in err and '--checkpoint-path' in err
+    assert 'Cannot load the weights smpconv_mobile31.in1k' in err and '--checkpoint-path' in err
 
 
 @pytest.mark.parametrize('command', ['predict', 'validate'])
@@ -522,3 +522,19 @@ def test_sample_digits(capsys):
     assert status == 0 and not err and len(files) >= 8
     for file, entry in zip(files, json.loads(out)):
         assert entry['predictions'][0]['label'] == file.stem.split('_')[1], entry
+
+
+def test_convert_command(capsys, tmp_path, checkpoint):
+    """A checkpoint of this package becomes a folder and an installed file; a second time needs --overwrite."""
+    arguments = ('convert', checkpoint, '--model', 'smpconv_seq_mnist', '--out', tmp_path / 'out')
+    status, out, err = run(capsys, *arguments, '--install', '--deployed')
+    assert status == 0 and not err and str(tmp_path / 'out') in out and 'smpconv_seq_mnist.smnist: sha256' in out
+    assert (tmp_path / 'out' / 'deployed.safetensors').is_file()
+    status, out, err = run(capsys, *arguments)
+    assert status == 2 and not out and 'exists' in err and err.count('\n') == 1
+    assert run(capsys, *arguments, '--overwrite')[0] == 0
+    assert not (tmp_path / 'out' / 'deployed.safetensors').exists()
+    status, out, err = run(capsys, *arguments, '--overwrite', '--num-classes', '3')
+    assert status == 2 and 'shape of head.fc.weight: (10, 30), expected (3, 30)' in err
+    status, out, err = run(capsys, *arguments[:-2])
+    assert status == 2 and 'Nothing to do' in err

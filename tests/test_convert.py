@@ -216,11 +216,9 @@ def test_equal_input_equal_output(tmp_path):
 def test_transformers(tmp_path):
     """transformers' wrapper of timm models reads the folder, and gives the same logits."""
     transformers = pytest.importorskip('transformers')
-    model = small('smpconv_cifar', depth=None, dim=None, dims=(8, 8, 8), kernel_size=9).eval()
+    model = timm.create_model('smpconv_cifar').eval()
     save_file(model.state_dict(), tmp_path / 'a.safetensors')
-    out = convert(
-        tmp_path / 'a.safetensors', 'smpconv_cifar', tmp_path / 'out', model_kwargs=dict(dims=(8, 8, 8), kernel_size=9)
-    ).folder
+    out = convert(tmp_path / 'a.safetensors', 'smpconv_cifar', tmp_path / 'out').folder
     wrapper = transformers.TimmWrapperForImageClassification.from_pretrained(out).eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():

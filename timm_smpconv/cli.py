@@ -45,7 +45,11 @@ def _user_errors(*types: type, join: bool = True) -> Iterator[None]:
     try:
         yield
     except types as e:
-        raise _CommandError(' '.join(str(e).split()) if join else str(e)) from e
+        raise _CommandError(_one_line(str(e)) if join else str(e)) from e
+
+
+def _one_line(text: str) -> str:
+    return ' '.join(text.split())
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -246,7 +250,7 @@ def _load(args: argparse.Namespace) -> nn.Module:
         try:
             return load_model(args.model, args.checkpoint_path)
         except RuntimeError as e:
-            raise _CommandError(f'{e} On this command line: --checkpoint-path PATH.') from e
+            raise _CommandError(_one_line(f'{e} On this command line: --checkpoint-path PATH.')) from e
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -324,7 +328,7 @@ def _validate(args: argparse.Namespace) -> int:
         try:
             result = validate(args.model, args.data_dir, args.checkpoint_path, sys.stderr.isatty())
         except RuntimeError as e:
-            raise _CommandError(f'{e} On this command line: --checkpoint-path PATH.') from e
+            raise _CommandError(_one_line(f'{e} On this command line: --checkpoint-path PATH.')) from e
         hits, total = result.hits, result.total
         low, high = wilson(hits, total)
         accuracy = 100 * hits / total
