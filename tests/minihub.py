@@ -209,7 +209,7 @@ class Handler(BaseHTTPRequestHandler):
         out = {'url': f'{self.base}/{repo}', 'name': repo, 'id': repo}
         if repo in self.hub.repos:
             return self.json({'error': 'You already created this model repo', **out}, 409)
-        self.hub.create(repo, private=p.get('visibility') == 'private')
+        self.hub.create(repo, private=p.get('private') or p.get('visibility') == 'private')
         self.json(out)
 
     def delete_repo(self):
