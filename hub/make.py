@@ -7,17 +7,16 @@ python hub/make.py --check   # exits with 1 if anything differs
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Dict, Sequence
 
 import timm
-from timm.models import save_for_hf
 
 import timm_smpconv  # noqa: F401  (registers the models)
 from timm_smpconv.cards import evaluation_table, model_card, model_table, replace_section
+from timm_smpconv.convert import write_config
 from timm_smpconv.weights import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,11 +38,10 @@ def documents() -> Dict[Path, str]:
             continue  # nothing to publish
         model = timm.create_model(name)
         with tempfile.TemporaryDirectory() as folder:
-            save_for_hf(model, folder, safe_serialization=True)
-            config = json.loads((Path(folder) / 'config.json').read_text())
-        config['model_args'] = {}  # as convert writes it
+            write_config(model, Path(folder) / 'config.json', {})
+            config = (Path(folder) / 'config.json').read_text()
         files[ROOT / 'hub' / name / 'README.md'] = model_card(name, model)
-        files[ROOT / 'hub' / name / 'config.json'] = json.dumps(config, indent=2) + '\n'
+        files[ROOT / 'hub' / name / 'config.json'] = config
     return files
 
 

@@ -20,8 +20,8 @@ from timm_smpconv.classes import CIFAR10
 from timm_smpconv.cli import main
 from timm_smpconv.predict import class_names, load_image, load_model, predict_files
 from timm_smpconv.recipe import read_recipe
-from timm_smpconv.validate import validate, wilson
-from timm_smpconv.weights import WEIGHTS, bundled_path
+from timm_smpconv.validate import validate
+from timm_smpconv.weights import WEIGHTS, bundled_path, wilson
 
 DIGITS = Path(__file__).resolve().parents[1] / 'examples' / 'digits'
 RECIPES = Path(__file__).resolve().parents[1] / 'recipes'

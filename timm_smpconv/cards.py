@@ -5,8 +5,7 @@ from typing import Optional
 from torch import nn
 
 from .catalog import describe_models
-from .validate import wilson
-from .weights import WEIGHTS, Weights, hub_repo
+from .weights import WEIGHTS, Weights, hub_repo, wilson
 
 __all__ = ['CITATION', 'evaluation_table', 'model_card', 'model_table', 'replace_section']
 

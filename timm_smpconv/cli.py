@@ -24,9 +24,9 @@ from .predict import FileResult, check_known, check_takes_images, load_model, pr
 from .publish import push, verify
 from .recipe import Recipe, read_recipe
 from .train import check_trainable, train
-from .validate import validate, wilson
+from .validate import validate
 from .version import __version__
-from .weights import WeightsError
+from .weights import WeightsError, wilson
 
 __all__ = ['main']
 

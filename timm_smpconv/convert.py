@@ -11,17 +11,18 @@ from typing import Any, Dict, Optional, Union
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models import save_for_hf
+from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from . import store
+from ._files import write_text
 from .cards import model_card
 from .checkpoint import fit_checkpoint, read_checkpoint
 from .fetch import WEIGHTS_FILE
 from .predict import check_known
 from .weights import WEIGHTS
 
-__all__ = ['DEPLOYED_FILE', 'TENSORS_FILE', 'Converted', 'convert']
+__all__ = ['DEPLOYED_FILE', 'TENSORS_FILE', 'Converted', 'convert', 'write_config']
 
 DEPLOYED_FILE = 'deployed.safetensors'
 TENSORS_FILE = 'test/rand_tensors.safetensors'
@@ -132,11 +133,8 @@ def _write_folder(
     # beside the final place, so that a rename is enough
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
     try:
-        save_for_hf(model, temporary, safe_serialization=True)
-        config = json.loads((temporary / 'config.json').read_text())
-        # what differs from the registered model; num_classes has a place of its own, and transformers passes it
-        config['model_args'] = {key: value for key, value in model_kwargs.items() if key != 'num_classes'}
-        (temporary / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+        save_file(model.state_dict(), temporary / WEIGHTS_FILE, metadata={'format': 'pt'})
+        write_config(model, temporary / 'config.json', model_kwargs)
         (temporary / TENSORS_FILE).parent.mkdir()
         save_file(_sample_tensors(model), temporary / TENSORS_FILE)
         if deployed:
@@ -157,6 +155,22 @@ def _write_folder(
             os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_config(model: nn.Module, path: Path, model_kwargs: Dict[str, Any]) -> None:
+    """Writes the configuration from which timm and transformers build a model.
+
+    Args:
+        model: Registered model.
+        path: File to write.
+        model_kwargs: Arguments that differ from those of the registered model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save_config_for_hf(model, str(Path(folder) / path.name))
+        config = json.loads((Path(folder) / path.name).read_text())
+    # nothing but the differences; num_classes has a place of its own, and transformers passes it too
+    config['model_args'] = {key: value for key, value in model_kwargs.items() if key != 'num_classes'}
+    write_text(path, json.dumps(config, indent=2) + '\n')
 
 
 @torch.inference_mode()

@@ -324,7 +324,7 @@ def _is_connection_error(error: BaseException) -> bool:
     )
 
 
-def hub_cause(error: Exception, repo: str, filename: str) -> str:
+def hub_cause(error: Exception, repo: str, filename: str = 'such file') -> str:
     """What went wrong on the way to the Hub, and what to do about it."""
     status = _status(error)
     if isinstance(error, GatedRepoError):

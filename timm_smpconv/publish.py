@@ -79,7 +79,7 @@ def push(
             create_pr=create_pr,
         )
     except Exception as e:  # clients of different versions raise different families of exceptions
-        raise WeightsError(f'Cannot push {folder} to {repo} ({api.endpoint}): {hub_cause(e, repo, "it")}') from e
+        raise WeightsError(f'Cannot push {folder} to {repo} ({api.endpoint}): {hub_cause(e, repo)}') from e
     return str(info.pr_url or info.commit_url) if create_pr else str(info.commit_url)
 
 
@@ -110,7 +110,7 @@ def verify(repo: str, token: Optional[str] = None) -> List[Check]:
                     (folder / file).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(cached, folder / file)
         except Exception as e:
-            raise WeightsError(f'Cannot verify {repo} ({api.endpoint}): {hub_cause(e, name, "such file")}') from e
+            raise WeightsError(f'Cannot verify {repo} ({api.endpoint}): {hub_cause(e, name)}') from e
         checks = []
         for file, sibling in files.items():
             if file in _PUBLISHED and sibling.lfs is not None:

@@ -17,7 +17,6 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models._hub import save_config_for_hf
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -25,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ._files import atomic_path, save_tensors, write_text
+from .convert import write_config
 from .data import Samples
 from .recipe import Recipe, read_recipe, recipe_text
 from .tasks import TASKS, Task, channel_statistics, normalize, split
@@ -360,8 +360,7 @@ def _write_result(run: _Run) -> Path:
     model = timm.create_model(recipe.model, **recipe.model_kwargs)
     model.load_state_dict(run.final.state_dict())
     model.pretrained_cfg.update(mean=tuple(run.mean), std=tuple(run.std))
-    with atomic_path(run.output / 'config.json') as part:
-        save_config_for_hf(model, part, model_args=recipe.model_kwargs or None)
+    write_config(model, run.output / 'config.json', recipe.model_kwargs)
     path = run.output / 'model.safetensors'
     # a file on its own says how its input is normalised
     metadata = dict(architecture=model.pretrained_cfg['architecture'], mean=run.mean, std=run.std)

@@ -16,7 +16,7 @@ from .predict import check_known, class_names, load_model
 from .tasks import TASKS
 from .train import evaluate
 
-__all__ = ['Measurement', 'validate', 'wilson']
+__all__ = ['Measurement', 'validate']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +50,6 @@ class Measurement:
         """Samples of each true class (row) that were taken for each class (column)."""
         count = len(self.names)
         return torch.bincount(self.labels * count + self.predictions, minlength=count * count).reshape(count, count)
-
-
-def wilson(hits: int, total: int) -> Tuple[float, float]:
-    """95 % interval of a proportion: unlike the normal one it stays sensible near 100 %."""
-    z = 1.959964
-    p = hits / total
-    middle = p + z * z / (2 * total)
-    half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)
 
 
 def validate(
