@@ -15,7 +15,6 @@ from timm_smpconv.checkpoint import CheckpointError, read_checkpoint
 from timm_smpconv.cli import main
 from timm_smpconv.convert import convert
 from timm_smpconv.publish import check_folder
-from timm_smpconv.weights import WEIGHTS
 
 SEQ = 'smpconv_seq_speech'
 
@@ -39,8 +38,7 @@ def test_convert_install_create(name, tmp_path):
     assert result.name == f'{name}.{timm.get_pretrained_cfg(name).tag}'
     x, wanted = synth_input(name), torch.from_numpy(expected(name)['logits'])
 
-    bundled = WEIGHTS[result.name].bundled is not None  # which comes before the store
-    for create in (name,) * (not bundled) + (f'local-dir:{result.folder}',):
+    for create in (name, f'local-dir:{result.folder}'):
         model = timm.create_model(create, pretrained=True).eval()
         with torch.inference_mode():
             assert relative_error(model(x), wanted) < 1e-4, create

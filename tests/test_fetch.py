@@ -259,6 +259,19 @@ def test_bundled(key):
     torch.testing.assert_close(logits, torch.tensor(weights.logits), rtol=1e-3, atol=2e-3)
 
 
+def test_bundled_and_store(own, tmp_path):
+    """The package comes before the store, unless the user has installed other weights by hand."""
+    key = 'smpconv_seq_mnist.smnist'
+    other = timm.create_model('smpconv_seq_mnist')
+    torch.save(other.state_dict(), tmp_path / 'a.pth')
+    path = convert(tmp_path / 'a.pth', key, install=True).installed
+    assert torch.equal(timm.create_model(key, pretrained=True).head.fc.weight, other.head.fc.weight)
+    store.install(key, path, 'fetched', '')
+    assert not torch.equal(timm.create_model(key, pretrained=True).head.fc.weight, other.head.fc.weight)
+    (own / key / 'weights.json').write_text('{')
+    assert not torch.equal(timm.create_model(key, pretrained=True).head.fc.weight, other.head.fc.weight)
+
+
 def test_changed_bundled_file(own, tmp_path, monkeypatch):
     """A file of the package that was changed is not used."""
     key = 'smpconv_seq_mnist.smnist'

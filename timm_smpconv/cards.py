@@ -7,7 +7,7 @@ from torch import nn
 from .catalog import describe_models
 from .weights import WEIGHTS, Weights, hub_repo, wilson
 
-__all__ = ['CITATION', 'evaluation_table', 'model_card', 'model_table', 'replace_section']
+__all__ = ['CITATION', 'evaluation_table', 'file_table', 'model_card', 'model_table', 'replace_section']
 
 CITATION = """\
 @inproceedings{kim2023smpconv,
@@ -66,16 +66,27 @@ def model_table() -> str:
 def evaluation_table() -> str:
     """The measured accuracies of the bundled weights, beside those of the paper, as a Markdown table."""
     lines = [
-        '| weights | test data | measured | 95 % interval | paper (its own weights) | file | sha256 |',
+        '| weights | test data | measured | 95 % interval | command | paper | why they differ |',
         '|---|---|---|---|---|---|---|',
     ]
     for name, weights in WEIGHTS.items():
         if weights.correct is None or weights.tested is None:
             continue
+        command = f'`timm-smpconv validate --model {name.partition(".")[0]} --data data`'
         lines.append(
-            f'| {name} | {_test_data(weights)} | {_measured(weights)} | {_interval(weights)} | '
-            f'{weights.paper_accuracy:.2f} % | {weights.size:,} bytes | `{(weights.sha256 or "")[:16]}...` |'
+            f'| {name} | {_test_data(weights)} | {_measured(weights)} | {_interval(weights)} | {command} | '
+            f'{weights.paper_accuracy:.2f} % | {weights.note} |'
         )
+    return '\n'.join(lines)
+
+
+def file_table() -> str:
+    """The files of the bundled weights as a Markdown table."""
+    lines = ['| weights | file | bytes | licence | sha256 |', '|---|---|---|---|---|']
+    for name, weights in WEIGHTS.items():
+        if weights.bundled:
+            file = f'timm_smpconv/pretrained/{weights.bundled}'
+            lines.append(f'| {name} | `{file}` | {weights.size:,} | {weights.license} | `{weights.sha256}` |')
     return '\n'.join(lines)
 
 

@@ -116,7 +116,7 @@ def convert(
         installed = None
         if install:
             with store.lock(name):
-                installed = store.install(name, weights, file.name, source_sha256)
+                installed = store.install(name, weights, file.name, source_sha256, by_hand=True)
     return Converted(name, folder, installed, sha256)
 
 

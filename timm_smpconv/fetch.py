@@ -140,7 +140,7 @@ def _from_chain(name: str, cache_dir: Optional[Union[str, Path]]) -> Path:
             f'or use pretrained=False for random weights.'
         )
     sources: List[Tuple[str, Callable[[], Path]]] = []
-    if weights.bundled:
+    if weights.bundled and not store.find(name, by_hand=True):
         sources.append(('bundled file', lambda: _from_package(name)))
     sources.append((f'local store {store.store_dir()}', lambda: _from_store(name)))
     repo = hub_repo(name)

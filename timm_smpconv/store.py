@@ -46,6 +46,7 @@ class Entry:
         sha256: Hash.
         source: Where the weights came from.
         source_sha256: Hash of the file that they were converted from.
+        by_hand: The user chose them, so that they come before those of the package.
     """
 
     file: str
@@ -53,6 +54,7 @@ class Entry:
     sha256: str
     source: str
     source_sha256: str
+    by_hand: bool = False
 
 
 def store_dir() -> Path:
@@ -89,10 +91,14 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def find(name: str) -> Optional[Path]:
+def find(name: str, by_hand: bool = False) -> Optional[Path]:
     """File of the weights `model.tag` in the store; None if there are none, or none intact.
 
     A file that has not the size and hash of its entry, or an entry that cannot be read, is set aside.
+
+    Args:
+        name: `model.tag`.
+        by_hand: Look for weights that the user chose, and for no others.
     """
     folder = _folder(name)
     try:
@@ -100,6 +106,8 @@ def find(name: str) -> Optional[Path]:
         path = folder / entry.file
         if path.parent != folder or Path(entry.file).name != entry.file:
             raise ValueError(f'{entry.file!r} is no file name')
+        if by_hand and entry.by_hand is not True:
+            return None
         intact = path.stat().st_size == entry.size and file_sha256(path) == entry.sha256
     except FileNotFoundError:
         return None
@@ -113,7 +121,7 @@ def find(name: str) -> Optional[Path]:
     return path
 
 
-def install(name: str, weights: Path, source: str, source_sha256: str) -> Path:
+def install(name: str, weights: Path, source: str, source_sha256: str, by_hand: bool = False) -> Path:
     """Puts a complete file of weights into the store.
 
     Args:
@@ -121,6 +129,7 @@ def install(name: str, weights: Path, source: str, source_sha256: str) -> Path:
         weights: Safetensors file; it is copied.
         source: Where the weights come from.
         source_sha256: Hash of the file that they were converted from.
+        by_hand: The user chose them.
 
     Returns:
         The file in the store.
@@ -132,7 +141,7 @@ def install(name: str, weights: Path, source: str, source_sha256: str) -> Path:
     sha256 = file_sha256(weights)
     # content in the name: an older entry stays valid until the new one is there
     path = folder / f'{sha256[:16]}.safetensors'
-    entry = Entry(path.name, weights.stat().st_size, sha256, source, source_sha256)
+    entry = Entry(path.name, weights.stat().st_size, sha256, source, source_sha256, by_hand)
     try:
         with atomic_path(path) as part:
             shutil.copyfile(weights, part)
