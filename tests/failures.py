@@ -124,6 +124,7 @@ ROWS: Dict[str, Row] = {
         environment=(('HF_HUB_OFFLINE', '1'),),
     ),
     'slow': Row('server that does not answer', ('no answer within 5 s',), servers.slow(20)),
+    'stalled': Row('server that stops in the middle of the weights', ('no byte for 15 s',), servers.stalled),
     'config_truncated': Row(
         'config.json truncated, `timm_smpconv.create_model`',
         ('config.json', 'JSON'),

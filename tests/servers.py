@@ -86,6 +86,21 @@ def truncated(handler):
     return True
 
 
+def stalled(handler):
+    """Sends half of the weights, and then nothing."""
+    if not _is_weights(handler):
+        return False
+    data = handler.hub.store[handler.path.rsplit('/', 1)[-1]]
+    handler.send_response(200)
+    handler.send_header('Content-Length', str(len(data)))
+    handler.end_headers()
+    handler.wfile.write(data[: len(data) // 2])
+    handler.wfile.flush()
+    time.sleep(60)
+    handler.close_connection = True
+    return True
+
+
 def changed(change):
     """Sends other weights of the same length."""
 

@@ -4,11 +4,13 @@ The sources are asked in this order; each is left at once if it cannot be reache
 its hash where one is known, and in any case that it can be read.
 """
 
+import contextlib
 import html.parser
 import http.client
 import json
 import logging
 import os
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -40,7 +42,8 @@ _logger = logging.getLogger(__name__)
 WEIGHTS_FILE = 'model.safetensors'
 _PICKLED_FILE = 'pytorch_model.bin'
 _TIMEOUT = 5.0  # seconds for a server to answer
-_TRIES = 4  # connections that one download may take
+_STALLED = 15.0  # seconds without a byte after which a download from the Hub is given up; it tries again after ten
+_TRIES = 3  # connections without a byte that one download may take
 _PAUSE = 0.5  # seconds before a broken connection is taken up again
 _MAX_SIZE = 4 << 30  # bytes that any checkpoint may have
 _BLOCK = 1 << 18
@@ -256,7 +259,9 @@ def _hub_file(hub_id: str, filename: str, sha256: Optional[str], cache_dir: Opti
     problem: Optional[_Unavailable] = None
     for attempt in range(2):
         try:
-            path = Path(hf_hub_download(repo, filename, etag_timeout=_TIMEOUT, force_download=attempt > 0, **where))
+            path = _download_from_hub(repo, filename, force_download=attempt > 0, **where)
+        except _Unavailable:
+            raise
         except Exception as e:
             raise _Unavailable(damaged + hub_cause(e, repo, filename)) from e
         etag = announced.etag or ''
@@ -272,6 +277,54 @@ def _hub_file(hub_id: str, filename: str, sha256: Optional[str], cache_dir: Opti
         f'{damaged}Downloaded twice, and damaged both times: {problem} The file on the server is damaged, or not the '
         f'one that this version of timm_smpconv knows: upgrade the package, or tell the owner of the repository.'
     )
+
+
+def _download_from_hub(
+    repo: str, filename: str, force_download: bool, revision: Optional[str], cache_dir: Optional[Union[str, Path]]
+) -> Path:
+    """hf_hub_download, given up once nothing has arrived for a while: by itself it goes on for more than a minute.
+
+    It runs in a thread that nobody waits for then. What it may still fetch is put into the cache as usual.
+    """
+    result: List[Union[str, Exception]] = []
+
+    def run() -> None:
+        try:
+            result.append(
+                hf_hub_download(
+                    repo,
+                    filename,
+                    etag_timeout=_TIMEOUT,
+                    force_download=force_download,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                )
+            )
+        except Exception as e:  # raised below, in the thread that asked
+            result.append(e)
+
+    blobs = Path(cache_dir or constants.HF_HUB_CACHE) / f'models--{repo.replace("/", "--")}' / 'blobs'
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    arrived, since = -1, time.monotonic()
+    while thread.is_alive():
+        thread.join(0.2)
+        size = _folder_size(blobs)
+        if size != arrived:
+            arrived, since = size, time.monotonic()
+        elif time.monotonic() - since > _STALLED:
+            raise _Unavailable(f'the download stopped, no byte for {_STALLED:.0f} s: check the network and try again.')
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return Path(result[0])
+
+
+def _folder_size(folder: Path) -> int:
+    size = 0
+    for path in folder.glob('*'):
+        with contextlib.suppress(OSError):  # renamed in the meantime
+            size += path.stat().st_size
+    return size
 
 
 def _announced_hash(path: Path) -> Optional[str]:
