@@ -15,7 +15,7 @@ from typing import Dict, Sequence
 import timm
 
 import timm_smpconv  # noqa: F401  (registers the models)
-from timm_smpconv.cards import evaluation_table, model_card, model_table, replace_section
+from timm_smpconv.cards import evaluation_table, file_table, model_card, model_table, replace_section
 from timm_smpconv.convert import write_config
 from timm_smpconv.weights import WEIGHTS
 
@@ -26,8 +26,8 @@ def documents() -> Dict[Path, str]:
     """Files that are made, with their contents."""
     files = {}
     for name, sections in (
-        ('README.md', {'models': model_table()}),
-        ('MODEL_CARD.md', {'results': evaluation_table()}),
+        ('README.md', {'models': model_table(), 'results': evaluation_table()}),
+        ('MODEL_CARD.md', {'results': evaluation_table(), 'files': file_table()}),
     ):
         text = (ROOT / name).read_text()
         for section, content in sections.items():

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, Optional
 
 import torch
 from safetensors import safe_open
@@ -54,16 +54,16 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding='utf-8')
 
 
-def save_tensors(path: Path, tensors: Dict[str, torch.Tensor], metadata: Dict[str, Any]) -> None:
+def save_tensors(path: Path, tensors: Dict[str, torch.Tensor], metadata: Optional[Dict[str, Any]] = None) -> None:
     """Writes a safetensors file atomically.
 
     Args:
         path: File to write.
         tensors: Contents by name.
-        metadata: What else the file shall say; anything that JSON can hold.
+        metadata: What else the file shall say; anything that JSON can hold. None for a file of weights and no more.
     """
     # one entry, because safetensors writes several in random order: equal contents shall be equal files
-    text = {_KEY: json.dumps(metadata)}
+    text = {'format': 'pt'} if metadata is None else {_KEY: json.dumps(metadata)}
     with atomic_path(path) as part:
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, metadata=text)
 

@@ -10,16 +10,15 @@ from typing import Any, Dict, Optional, Union
 
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from . import store
-from ._files import write_text
+from ._files import save_tensors, write_text
 from .cards import model_card
 from .checkpoint import fit_checkpoint, read_checkpoint
 from .fetch import WEIGHTS_FILE
-from .predict import check_known
+from .predict import carried_statistics, check_known
 from .weights import WEIGHTS
 
 __all__ = ['DEPLOYED_FILE', 'TENSORS_FILE', 'Converted', 'convert', 'write_config']
@@ -101,12 +100,13 @@ def convert(
         raise ValueError(f'Cannot build {name} with {model_kwargs}: {e}') from e
     model.load_state_dict(fit_checkpoint(checkpoint, model, str(file)))
     model.pretrained_cfg['num_classes'] = model.num_classes
+    model.pretrained_cfg.update(carried_statistics(file))
 
     name = f'{name.partition(".")[0]}.{model.pretrained_cfg["tag"]}'
     source_sha256 = store.file_sha256(file)
     with tempfile.TemporaryDirectory() as temporary:
         weights = Path(temporary) / WEIGHTS_FILE
-        save_file(model.state_dict(), weights, metadata={'format': 'pt'})
+        save_tensors(weights, model.state_dict())
         sha256 = store.file_sha256(weights)
         folder = None
         if out is not None:
@@ -133,16 +133,11 @@ def _write_folder(
     # beside the final place, so that a rename is enough
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
     try:
-        save_file(model.state_dict(), temporary / WEIGHTS_FILE, metadata={'format': 'pt'})
+        save_tensors(temporary / WEIGHTS_FILE, model.state_dict())
         write_config(model, temporary / 'config.json', model_kwargs)
-        (temporary / TENSORS_FILE).parent.mkdir()
-        save_file(_sample_tensors(model), temporary / TENSORS_FILE)
+        save_tensors(temporary / TENSORS_FILE, _sample_tensors(model))
         if deployed:
-            save_file(
-                timm.utils.reparameterize_model(model).state_dict(),
-                temporary / DEPLOYED_FILE,
-                metadata={'format': 'pt'},
-            )
+            save_tensors(temporary / DEPLOYED_FILE, timm.utils.reparameterize_model(model).state_dict())
         known = name in WEIGHTS and sha256 == WEIGHTS[name].sha256
         (temporary / 'README.md').write_text(model_card(name, model, provenance, measured=known, deployed=deployed))
         temporary.chmod(0o755)

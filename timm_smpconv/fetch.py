@@ -230,17 +230,19 @@ def _hub_file(hub_id: str, filename: str, sha256: Optional[str], cache_dir: Opti
     except ValueError as e:  # HFValidationError
         raise _Unavailable(f'{repo!r} is no name of a repository ({_one_line(e)}).') from e
     path = Path(cached) if isinstance(cached, str) else None
-    damaged = ''
+    damaged = ''  # for the messages
     if path is not None:
         try:
-            _check_hub_file(path, sha256 or _announced_hash(path), None)
-            if sha256:  # known to be the file that is wanted
-                return path
+            _check_hub_file(path, _announced_hash(path), None)
         except _Unavailable as e:
             _logger.warning('%s: %s', path, e)
             damaged = f'The cached file was damaged ({e}) and set aside. '
             _set_hub_file_aside(path)
             path = None
+    if path is not None and sha256:
+        if store.file_sha256(path) == sha256:  # nobody has to be asked
+            return path
+        damaged, path = 'The cached file is of another version. ', None
     if constants.HF_HUB_OFFLINE:
         if path is not None:
             return path
@@ -439,7 +441,7 @@ def _install_authors_file(name: str, file: Path) -> Path:
     model = timm.create_model(name.partition('.')[0])
     state_dict = fit_checkpoint(checkpoint, model, f'the file of {name}')
     converted = file.with_name(f'{name}.converted')
-    save_tensors(converted, state_dict, {})
+    save_tensors(converted, state_dict)
     try:
         return store.install(name, converted, WEIGHTS[name].authors_url or '', store.file_sha256(file))
     finally:

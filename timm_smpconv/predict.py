@@ -20,6 +20,7 @@ from .weights import WEIGHTS
 __all__ = [
     'FileResult',
     'Prediction',
+    'carried_statistics',
     'check_known',
     'check_takes_images',
     'class_names',
@@ -114,17 +115,21 @@ def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None) ->
     if not path.is_file():
         raise ValueError(f'No checkpoint at {path}: expected a file of weights (.safetensors, .pth, .pt ...).')
     try:
-        overlay = dict(file=str(path), **_carried_statistics(path))
+        overlay = dict(file=str(path), **carried_statistics(path))
         return timm.create_model(name, pretrained=True, inference_mode=True, pretrained_cfg_overlay=overlay).eval()
     except Exception as e:  # unpickling and conversion of a file of unknown contents fail in any way
         raise ValueError(f'Cannot load {path} into {name}: {_one_line(e)} Expected a checkpoint of this model.') from e
 
 
-def _carried_statistics(path: Path) -> Dict[str, Tuple[float, ...]]:
+def carried_statistics(path: Path) -> Dict[str, Tuple[float, ...]]:
     """How the input is normalised, if a file of weights says so, as those of `timm-smpconv train` do."""
     if path.suffix != '.safetensors':
         return {}
-    return {key: tuple(map(float, value)) for key, value in read_metadata(path).items() if key in ('mean', 'std')}
+    try:
+        carried = read_metadata(path)
+        return {key: tuple(float(v) for v in carried[key]) for key in ('mean', 'std') if key in carried}
+    except (TypeError, ValueError):  # metadata of somebody else
+        return {}
 
 
 def class_names(model: nn.Module) -> List[str]:

@@ -288,6 +288,51 @@ def _cfg(name: str, **kwargs: Any) -> Dict[str, Any]:
     )
 
 
+# of the MFCC that the bundled weights were trained on
+_MFCC_MEAN = (
+    -70.3263,
+    8.61471,
+    -1.9854,
+    -0.94047,
+    -3.74092,
+    -1.85378,
+    -2.36257,
+    -1.51127,
+    -1.985,
+    -0.929747,
+    -1.76203,
+    -0.745896,
+    -1.47862,
+    -0.224156,
+    -0.875514,
+    0.00294013,
+    -0.373899,
+    0.332484,
+    -0.258449,
+    0.302848,
+)
+_MFCC_STD = (
+    28.4267,
+    10.9323,
+    6.7431,
+    4.60346,
+    4.98693,
+    3.82529,
+    3.30089,
+    2.87707,
+    2.63112,
+    2.35461,
+    2.26225,
+    2.04598,
+    2.03876,
+    1.77231,
+    1.74975,
+    1.58609,
+    1.48364,
+    1.40201,
+    1.34926,
+    1.27189,
+)
 _MNIST = dict(input_size=(1, 28, 28), mean=(0.1307,), std=(0.3081,))
 
 default_cfgs = generate_default_cfgs(
@@ -300,9 +345,7 @@ default_cfgs = generate_default_cfgs(
         'smpconv_seq_chartraj.ct': _cfg(
             'smpconv_seq_chartraj.ct', input_size=(3, 1, 182), num_classes=20, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
         ),
-        'smpconv_seq_speech.sc': _cfg(
-            'smpconv_seq_speech.sc', input_size=(20, 1, 161), mean=(0.0,) * 20, std=(1.0,) * 20
-        ),
+        'smpconv_seq_speech.sc': _cfg('smpconv_seq_speech.sc', input_size=(20, 1, 161), mean=_MFCC_MEAN, std=_MFCC_STD),
         'smpconv_seq_speech_raw.sc_raw': _cfg(
             'smpconv_seq_speech_raw.sc_raw', input_size=(1, 1, 16000), mean=(0.0,), std=(1.0,)
         ),
