@@ -161,7 +161,7 @@ def write_config(model: nn.Module, path: Path, model_kwargs: Dict[str, Any]) -> 
         model_kwargs: Arguments that differ from those of the registered model.
     """
     with tempfile.TemporaryDirectory() as folder:
-        save_config_for_hf(model, str(Path(folder) / path.name))
+        save_config_for_hf(model, Path(folder) / path.name)
         config = json.loads((Path(folder) / path.name).read_text())
     # nothing but the differences; num_classes has a place of its own, and transformers passes it too
     config['model_args'] = {key: value for key, value in model_kwargs.items() if key != 'num_classes'}
