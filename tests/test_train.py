@@ -33,6 +33,7 @@ from timm_smpconv.tasks import (
     split,
 )
 from timm_smpconv.train import _mix, _seed, evaluate, train
+from timm_smpconv.weights import WEIGHTS
 
 RECIPE = Recipe(epochs=2, batch_size=4, val_images=5, lr=1e-3, model_kwargs=dict(dim=6, depth=2))
 SPEECH = dict(
@@ -347,9 +348,14 @@ def test_recipes_of_this_repository():
             assert f'train.py --config recipes/{name}.yaml --device-modules timm_smpconv --data-dir' in head
             assert fields['sched'] == 'cosine' and fields['batch_size'] * 8 in (2048, 512)
             assert all(key.replace('_', '').isalpha() for key in fields)
-    for path in (folder / 'shipped').glob('*.yaml'):
-        recipe = Recipe(**read_recipe(path))
-        assert path.stem.startswith(recipe.model + '.') and path.with_suffix('.csv').is_file()
+    shipped = list((folder / 'shipped').glob('*.yaml'))
+    assert {'.'.join(path.name.split('.')[:2]) for path in shipped} == {k for k, w in WEIGHTS.items() if w.bundled}
+    for path in shipped:
+        model = yaml.safe_load(path.read_text())['model']
+        assert path.stem.startswith(model + '.') and path.with_suffix('.csv').is_file()
+        assert f'--config recipes/shipped/{path.name}' in path.read_text()
+        if model in TASKS:
+            Recipe(**read_recipe(path))
 
 
 def test_slow_steps_are_saved_by_the_clock(data_dir, tmp_path, monkeypatch):
