@@ -1,4 +1,5 @@
 import copy
+import itertools
 import os
 
 # before huggingface_hub is imported: no test of this process asks the real Hub
@@ -56,10 +57,13 @@ def _seed():
     torch.manual_seed(0)
 
 
+_STORES = itertools.count()
+
+
 @pytest.fixture(autouse=True)
 def _own_store(tmp_path_factory, monkeypatch):
-    """The user's own store of weights is neither read nor written."""
-    monkeypatch.setenv('TIMM_SMPCONV_CACHE', str(tmp_path_factory.getbasetemp() / 'store'))
+    """Each test has an empty store of weights, and the user's own is neither read nor written."""
+    monkeypatch.setenv('TIMM_SMPCONV_CACHE', str(tmp_path_factory.getbasetemp() / f'store{next(_STORES)}'))
 
 
 @pytest.fixture(scope='session')
