@@ -111,7 +111,7 @@ ROWS: Dict[str, Row] = {
     'no_weights': Row(
         'weights missing in the repository', ('no model.safetensors',), change=_without('model.safetensors'), name=_HUB
     ),
-    'truncated': Row('shorter file than announced', ('download',), servers.truncated),
+    'truncated': Row('shorter file than announced', ('download',), servers.half(0)),
     'garbage': Row('right size, garbage bytes', ('sha256', 'Downloaded twice'), servers.changed(servers.garbage)),
     'flipped': Row(
         'one flipped byte in the tensor data', ('sha256', 'Downloaded twice'), servers.changed(servers.flip)
@@ -124,7 +124,7 @@ ROWS: Dict[str, Row] = {
         environment=(('HF_HUB_OFFLINE', '1'),),
     ),
     'slow': Row('server that does not answer', ('no answer within 5 s',), servers.slow(20)),
-    'stalled': Row('server that stops in the middle of the weights', ('no byte for 15 s',), servers.stalled),
+    'stalled': Row('server that stops in the middle of the weights', ('no byte for 15 s',), servers.half(60)),
     'config_truncated': Row(
         'config.json truncated, `timm_smpconv.create_model`',
         ('config.json', 'JSON'),

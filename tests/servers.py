@@ -73,32 +73,23 @@ def weights_status(code):
     return fault
 
 
-def truncated(handler):
-    """Sends half of the weights under the length of the whole."""
-    if not _is_weights(handler):
-        return False
-    data = handler.hub.store[handler.path.rsplit('/', 1)[-1]]
-    handler.send_response(200)
-    handler.send_header('Content-Length', str(len(data)))
-    handler.end_headers()
-    handler.wfile.write(data[: len(data) // 2])
-    handler.close_connection = True
-    return True
+def half(pause):
+    """Sends half of the weights under the length of the whole, and ends the connection after a while."""
 
+    def fault(handler):
+        if not _is_weights(handler):
+            return False
+        data = handler.hub.store[handler.path.rsplit('/', 1)[-1]]
+        handler.send_response(200)
+        handler.send_header('Content-Length', str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data[: len(data) // 2])
+        handler.wfile.flush()
+        time.sleep(pause)
+        handler.close_connection = True
+        return True
 
-def stalled(handler):
-    """Sends half of the weights, and then nothing."""
-    if not _is_weights(handler):
-        return False
-    data = handler.hub.store[handler.path.rsplit('/', 1)[-1]]
-    handler.send_response(200)
-    handler.send_header('Content-Length', str(len(data)))
-    handler.end_headers()
-    handler.wfile.write(data[: len(data) // 2])
-    handler.wfile.flush()
-    time.sleep(60)
-    handler.close_connection = True
-    return True
+    return fault
 
 
 def changed(change):

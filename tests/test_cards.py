@@ -50,7 +50,8 @@ def test_card(key, tmp_path):
     text = (ROOT / 'hub' / key / 'README.md').read_text()
     card = ModelCard(text)
     assert card.data.license == weights.license and card.data.library_name == 'timm'
-    assert {'timm', 'timm_smpconv'} <= set(card.data.tags) and card.data.datasets is not None or key.endswith('.ct')
+    assert {'timm', 'timm_smpconv'} <= set(card.data.tags)
+    assert card.data.datasets is not None or key.endswith('.ct')
     assert f'{weights.paper_accuracy:.2f} %' in text and 'paper reports' in text
     if weights.bundled:
         assert f'{weights.accuracy:.2f} %' in text and weights.sha256 in text and f'{weights.correct:,}' in text

@@ -103,7 +103,7 @@ def test_differences_are_listed(name, other, tmp_path, capsys):
     assert f'does not fit {other}' in str(e.value) and 'difference(s)' in str(e.value)
     assert main(['convert', str(tmp_path / 'a.pth'), '--model', other, '--out', str(tmp_path / 'out')]) == 2
     err = capsys.readouterr().err
-    assert err.startswith('timm-smpconv: ') and 'shape of' in err or 'missing:' in err
+    assert err.startswith('timm-smpconv: ') and ('shape of' in err or 'missing:' in err)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['a.pth']
 
 

@@ -5,6 +5,7 @@ from typing import Optional
 from torch import nn
 
 from .catalog import describe_models
+from .classes import CLASS_NAMES
 from .weights import WEIGHTS, Weights, hub_repo, wilson
 
 __all__ = ['CITATION', 'evaluation_table', 'file_table', 'model_card', 'model_table', 'replace_section']
@@ -174,6 +175,15 @@ def model_card(
     ]
     if not images:
         lines += ['The input is a series, (batch, channels, steps); a height of one may stand before the steps.', '']
+    if tag == 'sc':
+        lines += [
+            'Its channels are those of `timm_smpconv.features.MFCC` of one second at 16 kHz, less `mean` and divided '
+            'by `std` of `model.pretrained_cfg`.',
+            '',
+        ]
+    classes = CLASS_NAMES.get(tag, ())
+    if len(classes) == model.num_classes:
+        lines += [f'The classes are, in this order: {", ".join(classes)}.', '']
     if deployed:
         lines += [
             '`deployed.safetensors` holds the same network with its kernels rendered, for '

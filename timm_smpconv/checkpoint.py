@@ -55,13 +55,10 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
-        reason = str(e)
-        if 'Unsupported' in reason or 'GLOBAL' in reason or 'weights_only' in reason.lower():
-            raise CheckpointError(
-                f'{path} holds more than tensors and plain values, or is damaged: it is not unpickled, because that '
-                f'could run code ({_short(e)}). Expected safetensors, or a state dict saved by torch.save.'
-            ) from e
-        raise CheckpointError(f'{path} is no checkpoint ({_short(e)}): expected safetensors or torch.save.') from e
+        raise CheckpointError(
+            f'{path} holds more than tensors and plain values, or is damaged or no checkpoint: it is not unpickled, '
+            f'because that could run code ({_short(e)}). Expected safetensors, or a state dict saved by torch.save.'
+        ) from e
     except Exception as e:  # the parsers of torch fail in any way on damaged files
         raise CheckpointError(
             f'{path} is damaged, or no checkpoint ({type(e).__name__}: {_short(e)}): expected safetensors or what '

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from . import store
 from .catalog import model_names
-from .convert import TENSORS_FILE
+from .convert import DEPLOYED_FILE, TENSORS_FILE
 from .factory import check_config, create_model
 from .fetch import WEIGHTS_FILE, hub_cause
 from .version import __version__
@@ -21,7 +21,7 @@ from .weights import WEIGHTS, WeightsError
 __all__ = ['Check', 'check_folder', 'push', 'verify']
 
 _FILES = ('config.json', WEIGHTS_FILE, 'README.md', TENSORS_FILE)
-_PUBLISHED = (*_FILES, 'deployed.safetensors')
+_PUBLISHED = (*_FILES, DEPLOYED_FILE)
 _TOLERANCE = 1e-4  # of the largest logit: other processors round differently
 
 

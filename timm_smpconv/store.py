@@ -112,8 +112,8 @@ def find(name: str, by_hand: bool = False) -> Optional[Path]:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as e:  # unreadable, no JSON, other fields
-        _logger.warning('The entry of %s in the store cannot be read (%s): set aside as %s.', name, e, folder)
-        set_aside(folder / _ENTRY)
+        aside = set_aside(folder / _ENTRY)
+        _logger.warning('The entry of %s in the store cannot be read (%s): set aside as %s.', name, e, aside)
         return None
     if not intact:
         _logger.warning('%s is damaged: set aside as %s.', path, set_aside(path))
