@@ -5,9 +5,13 @@ import os
 # before huggingface_hub is imported: no test of this process asks the real Hub
 os.environ['HF_HUB_OFFLINE'] = '1'
 
+import torch
+
+if not torch.cuda.is_available():  # before timm imports Triton: a CPU runs the kernels for GPUs in the interpreter
+    os.environ.setdefault('TRITON_INTERPRET', '1')
+
 import pytest
 import timm
-import torch
 from hypothesis import settings
 from synth import randomize_norms
 

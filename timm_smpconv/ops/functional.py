@@ -5,6 +5,7 @@ reach are cut off first.
 """
 
 import contextlib
+import importlib.util
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
@@ -23,17 +24,26 @@ __all__ = [
     'use_backend',
 ]
 
+
+def _toeplitz(*args) -> torch.Tensor:
+    from . import toeplitz  # needs Triton, which not every build of torch comes with
+
+    return toeplitz.correlate(*args)
+
+
 _BACKENDS: Dict[str, Callable[..., torch.Tensor]] = {
     'reference': reference.correlate,
     'direct': direct.correlate,
     'fft': fft.correlate,
 }
+if importlib.util.find_spec('triton') is not None:
+    _BACKENDS['toeplitz'] = _toeplitz
 # a plain global and no context variable, which torch.compile of the oldest supported torch cannot follow
 _forced: Optional[str] = None
 
 
 def available_backends() -> List[str]:
-    """Names that `use_backend` takes."""
+    """Names that `use_backend` takes; 'toeplitz' is among them where Triton is installed."""
     return list(_BACKENDS)
 
 
@@ -69,7 +79,8 @@ def choose_backend(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
 
     A direct convolution spends one per output channel, input channel of a filter, output and tap that falls on the map.
     In the frequency domain, all inputs, outputs and kernels are transformed (the kernels once for the batch), and each
-    complex product of a frequency costs four. Training adds the backward pass, which transforms better.
+    complex product of a frequency costs four. Training adds the backward pass, which transforms better. The toeplitz
+    backend is never chosen: it waits for measurements on a GPU.
 
     Args:
         x: Input, (B, I, *spatial).

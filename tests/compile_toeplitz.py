@@ -1,0 +1,39 @@
+"""Compiles the kernels of ops.toeplitz for GPUs, as they are launched, and prints a row for each.
+
+A row: kernel, compute capability, width of the map, dtype, bytes of machine code, whether tensor cores are used. No GPU
+is needed. TRITON_INTERPRET must not be set.
+"""
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from timm_smpconv.ops import toeplitz
+
+DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
+POINTERS = ('x', 'weight', 'bias', 'y', 'grad', 'out')
+
+
+def compile_kernel(kernel, constants, dtype, capability):
+    names, signature, aligned = kernel.arg_names, {}, {}
+    for i, name in enumerate(names):
+        if name in constants:
+            signature[name] = 'constexpr'
+        elif name in POINTERS:
+            signature[name] = '*fp32' if name == 'out' else f'*{dtype}'
+            aligned[(i,)] = [['tt.divisibility', 16]]
+        else:
+            signature[name] = 'i32'
+    constexprs = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned)
+    return triton.compile(source, target=GPUTarget('cuda', capability, 32))
+
+
+for capability, width, dtype in ((80, 56, 'bf16'), (90, 56, 'bf16'), (90, 14, 'fp16'), (90, 100, 'fp32')):
+    for kernel, constants in (
+        (toeplitz._correlate_kernel, dict(toeplitz._correlate_blocks(64, width, DTYPES[dtype]), HAS_BIAS=True)),
+        (toeplitz._weight_grad_kernel, toeplitz._weight_grad_blocks(width, DTYPES[dtype])),
+    ):
+        asm = compile_kernel(kernel, constants, dtype, capability).asm
+        print(kernel.fn.__name__, capability, width, dtype, len(asm['cubin']), 'mma' in asm['ptx'], flush=True)

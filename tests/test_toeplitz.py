@@ -1,0 +1,126 @@
+"""The kernels for GPUs: on a GPU where there is one, else in Triton's interpreter (conftest.py), and compiled for GPUs.
+
+test_ops.py runs every backend, this one too; here is what is its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+from timm_smpconv import ops
+
+triton = pytest.importorskip('triton')
+toeplitz = pytest.importorskip('timm_smpconv.ops.toeplitz')
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+# of the largest entry: inputs and results are rounded to this dtype, sums are in float32
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the operators that ran."""
+    seen = []
+    for name in ('_correlate', '_weight_grad'):
+        operator = getattr(toeplitz, name)
+        monkeypatch.setattr(toeplitz, name, lambda *args, n=name, o=operator: seen.append(n) or o(*args))
+    return seen
+
+
+@pytest.mark.parametrize('dtype', list(TOLERANCE))
+@settings(max_examples=12)
+@given(
+    batch=st.sampled_from([1, 2, 3, 17, 65]),
+    height=st.integers(1, 9),
+    width=st.sampled_from([1, 5, 14, 16, 31, 65, 80]),
+    taps=st.tuples(st.integers(1, 6), st.integers(1, 90)),
+    data=st.data(),
+)
+def test_values_and_gradients(dtype, batch, height, width, taps, data):
+    """Several tiles in each dimension, any padding, against torch in float64."""
+    taps = tuple(min(k, 2 * n - 1) for k, n in zip(taps, (height, width)))
+    left = tuple(data.draw(st.integers(max(k - n, 0), min(n, k) - 1)) for k, n in zip(taps, (height, width)))
+    x, bias = randn(batch, 2, height, width, dtype=dtype, seed=1), randn(2, dtype=dtype, seed=2)
+    weight = randn(2, 1, *taps, dtype=dtype, seed=3)
+    args = [a.requires_grad_() for a in (x, weight, bias)]
+    y = toeplitz.correlate(*args, left, True)
+    upstream = randn(*y.shape, dtype=dtype, seed=4)
+    got = (y, *torch.autograd.grad(y, args, upstream))
+
+    exact = [a.detach().double().requires_grad_() for a in args]
+    pad = (left[1], taps[1] - 1 - left[1], left[0], taps[0] - 1 - left[0])
+    wanted = F.conv2d(F.pad(exact[0], pad), exact[1], exact[2], groups=2)
+    wanted = (wanted, *torch.autograd.grad(wanted, exact, upstream.double()))
+    for a, b in zip(got, wanted):
+        assert a.shape == b.shape and a.dtype == dtype
+        assert (a.double() - b).abs().max() <= TOLERANCE[dtype] * b.abs().max()
+
+
+def test_takes_depthwise_maps_and_leaves_the_rest(launches):
+    weight = randn(3, 1, 5, 7).requires_grad_()
+    with ops.use_backend('toeplitz'):
+        ops.depthwise_conv2d(randn(2, 3, 6, 8), weight).sum().backward()
+        assert launches == ['_correlate', '_weight_grad']
+        ops.conv2d(randn(2, 3, 6, 8), randn(4, 3, 5, 7))
+        ops.causal_conv1d(randn(2, 3, 6), randn(4, 3, 5))
+        ops.depthwise_conv2d(randn(2, 3, 6, 8).double(), weight.double())
+        assert len(launches) == 2
+        x = randn(2, 3, 6, 8).to(memory_format=torch.channels_last)
+        assert ops.depthwise_conv2d(x, weight).is_contiguous(memory_format=torch.channels_last)
+        assert len(launches) == 3
+
+
+def test_is_never_chosen():
+    x = torch.empty(64, 96, 56, 56, device='meta')
+    assert ops.choose_backend(x, torch.empty(96, 1, 31, 31, device='meta'), (15, 15), True) != 'toeplitz'
+
+
+def test_double_backward_is_refused():
+    """Of the weight's gradient; that of the input is a convolution, which has all derivatives."""
+    x, weight = randn(1, 2, 4, 5).requires_grad_(), randn(2, 1, 3, 3).requires_grad_()
+    y = toeplitz.correlate(x, weight, None, (1, 1), True)
+    grads = torch.autograd.grad(y.square().sum(), (x, weight), create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grads[1].square().sum(), x)
+
+    y = toeplitz.correlate(x, weight.detach(), None, (1, 1), True)
+    (grad,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    (got,) = torch.autograd.grad(grad.square().sum(), x)
+    exact = x.detach().double().requires_grad_()
+    y = F.conv2d(exact, weight.detach().double(), padding=1, groups=2)
+    (grad,) = torch.autograd.grad(y.pow(3).sum(), exact, create_graph=True)
+    (wanted,) = torch.autograd.grad(grad.square().sum(), exact)
+    assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_operators_keep_the_rules_of_torch():
+    x, weight, bias = (a.requires_grad_() for a in (randn(2, 2, 6, 7), randn(2, 1, 5, 3), randn(2)))
+    torch.library.opcheck(toeplitz._correlate, (x, weight, bias, [2, 1]))
+    torch.library.opcheck(toeplitz._weight_grad, (x.detach(), randn(2, 2, 6, 7), [5, 3], [2, 1]))
+
+
+@pytest.mark.skipif(
+    tuple(int(n) for n in triton.__version__.split('.')[:2]) < (3, 4), reason='older Triton is asked in another way'
+)
+def test_compiles_for_gpus():
+    """To machine code, half precision with instructions of the tensor cores; needs no GPU, but a process of its own."""
+    script = Path(__file__).with_name('compile_toeplitz.py')
+    env = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
+    result = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = result.stdout.splitlines()
+    assert len(rows) == 4 * 2
+    for row in rows:
+        kernel, capability, width, dtype, binary, tensor_cores = row.split()
+        assert int(binary) > 1000, row
+        assert (tensor_cores == 'True') == (dtype != 'fp32'), row
