@@ -7,6 +7,7 @@ contiguous NCHW tensors with torch.nn.functional.conv2d, 1D convolution by compl
     python benchmarks/run.py                       # all cases, all cores
     python benchmarks/run.py --cases op train-seq  # cases whose names start so
     python benchmarks/run.py --csv results.csv --threads 2 --repeats 5
+    python benchmarks/run.py --device cuda         # other cases: larger batches, half precision, Triton, torch.compile
 """
 
 import argparse
@@ -85,15 +86,27 @@ def inference(model: nn.Module, x: torch.Tensor) -> Run:
     return run
 
 
-def training_step(model: nn.Module, x: torch.Tensor) -> Run:
+def training_step(model: nn.Module, x: torch.Tensor, autocast: Optional[torch.dtype] = None) -> Run:
     model.train()
-    target = torch.zeros(x.shape[0], dtype=torch.long)
+    target = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
 
     def run() -> None:
         model.zero_grad()
-        F.cross_entropy(model(x), target).backward()
+        with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
+            loss = F.cross_entropy(model(x), target)
+        loss.backward()
 
     return run
+
+
+def on_backend(name: str, run: Run) -> Run:
+    """The same run with all convolutions on one backend."""
+
+    def forced() -> None:
+        with ops.use_backend(name):
+            run()
+
+    return forced
 
 
 def deployed(name: str) -> nn.Module:
@@ -190,7 +203,85 @@ def deformable_case() -> Case:
     return Case('op-train-24x32x32-k33-dense-b16', paths)
 
 
-def all_cases() -> List[Case]:
+def gpu_op_case(channels: int, size: int, kernel: int, batch: int, dtype: torch.dtype, train: bool) -> Case:
+    """Depthwise convolution on a GPU: cuDNN in both memory formats, compiled, and the backends."""
+
+    def make(convolve: Callable[..., torch.Tensor], fmt: torch.memory_format, backend: Optional[str] = None) -> Run:
+        x = torch.randn(batch, channels, size, size, device='cuda', dtype=dtype).to(memory_format=fmt)
+        weight = torch.randn(channels, 1, kernel, kernel, device='cuda', dtype=dtype)
+        x.requires_grad_(train)
+        weight.requires_grad_(train)
+        grad = torch.randn_like(x)
+
+        def run() -> None:
+            with torch.set_grad_enabled(train), ops.use_backend(backend):
+                y = convolve(x, weight)
+            if train:
+                x.grad = weight.grad = None
+                y.backward(grad)
+
+        return run
+
+    def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, weight, padding=kernel // 2, groups=channels)
+
+    ours, nchw, last = ops.depthwise_conv2d, torch.contiguous_format, torch.channels_last
+    paths = {
+        'plain': lambda: make(plain, nchw),
+        'plain channels_last': lambda: make(plain, last),
+        'plain compiled': lambda: make(torch.compile(plain), nchw),
+        'chosen': lambda: make(ours, nchw),
+        'fft': lambda: make(ours, nchw, 'fft'),
+        'toeplitz': lambda: make(ours, nchw, 'toeplitz'),
+    }
+    kind, name = 'train' if train else 'infer', str(dtype).removeprefix('torch.')
+    goal = 'toeplitz: 10 x the best plain path' if kernel == 31 and dtype == torch.bfloat16 else ''
+    return Case(f'gpu-op-{kind}-{channels}x{size}x{size}-k{kernel}-b{batch}-{name}', paths, goal)
+
+
+def gpu_model_case(name: str, batch: int, train: bool) -> Case:
+    """A network in bfloat16 on a GPU, deployed or in training with autocast, against convnext_tiny."""
+
+    def build(model_name: str, fmt: torch.memory_format, plain: bool = False) -> Run:
+        model = timm.create_model(model_name)
+        if not train:
+            model = model.eval().to(torch.bfloat16)
+            if model_name == name and not plain:
+                model.reparameterize()
+        if plain:
+            make_plain(model)
+        model = model.to('cuda', memory_format=fmt)
+        x = torch.randn(batch, *timm.get_pretrained_cfg(model_name).input_size, device='cuda').to(memory_format=fmt)
+        return training_step(model, x, torch.bfloat16) if train else inference(model, x.to(torch.bfloat16))
+
+    nchw, last = torch.contiguous_format, torch.channels_last
+    paths = {
+        'plain': lambda: build(name, nchw, plain=True),
+        'chosen': lambda: build(name, nchw),
+        'chosen channels_last': lambda: build(name, last),
+        'toeplitz': lambda: on_backend('toeplitz', build(name, nchw)),
+        'convnext_tiny': lambda: build('convnext_tiny', nchw),
+        'convnext_tiny channels_last': lambda: build('convnext_tiny', last),
+    }
+    goal = '' if train else 'images/s of 0.8 convnext_tiny'
+    return Case(f'gpu-{"train" if train else "deployed"}-{name}-b{batch}-bfloat16', paths, goal)
+
+
+def gpu_cases() -> List[Case]:
+    shapes = ((96, 56, 31), (192, 28, 29), (384, 14, 27), (768, 7, 13), (64, 56, 51))
+    return [
+        *(
+            gpu_op_case(*shape, batch, dtype, train)
+            for shape in shapes
+            for batch in (64, 128)
+            for dtype in (torch.bfloat16, torch.float32)
+            for train in (False, True)
+        ),
+        *(gpu_model_case('smpconv_tiny', batch, train) for batch in (64, 128) for train in (False, True)),
+    ]
+
+
+def cpu_cases() -> List[Case]:
     return [
         op_case(96, 56, 31, False),
         op_case(192, 28, 29, False),
@@ -215,21 +306,27 @@ def all_cases() -> List[Case]:
     ]
 
 
-def measure(run: Run, repeats: int, seconds: float) -> float:
+def measure(run: Run, repeats: int, seconds: float, device: str) -> float:
     """Median seconds of several runs after one that warms up; at least two runs, however long they take."""
-    start = time.perf_counter()
-    run()
-    times: List[float] = []
-    while len(times) < 2 or (len(times) < repeats and time.perf_counter() - start < seconds):
+
+    def timed() -> float:
         begin = time.perf_counter()
         run()
-        times.append(time.perf_counter() - begin)
+        if device == 'cuda':
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    start = time.perf_counter()
+    timed()
+    times: List[float] = []
+    while len(times) < 2 or (len(times) < repeats and time.perf_counter() - start < seconds):
+        times.append(timed())
     return statistics.median(times)
 
 
-def peak_memory(case: str, path: str, threads: int) -> float:
+def peak_memory(case: str, path: str, threads: int, device: str) -> float:
     """MiB that a path adds to a fresh process, from its own measurement of two runs."""
-    command = [sys.executable, __file__, '--threads', str(threads), '--memory-of', case, path]
+    command = [sys.executable, __file__, '--threads', str(threads), '--device', device, '--memory-of', case, path]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(result.stdout)
 
@@ -244,12 +341,12 @@ def peak_rss() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def print_peak_memory(case: Case, path: str) -> None:
+def print_peak_memory(case: Case, path: str, device: str) -> None:
     base = peak_rss()
     run = case.paths[path]()
     run()
     run()
-    print((peak_rss() - base) / 1024)
+    print(torch.cuda.max_memory_allocated() / 2**20 if device == 'cuda' else (peak_rss() - base) / 1024)
 
 
 def main() -> None:
@@ -258,21 +355,27 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=7, help='measured runs of each path')
     parser.add_argument('--seconds', type=float, default=20.0, help='no further run of a path after this time')
     parser.add_argument('--threads', type=int, default=os.cpu_count(), help='threads of torch')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='what to measure on (default: cpu)')
     parser.add_argument('--memory', action='store_true', help='measure peak memory too, each path in its own process')
     parser.add_argument('--csv', help='write the results here')
     parser.add_argument('--memory-of', nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    cases = [c for c in all_cases() if any(c.name.startswith(prefix) for prefix in args.cases)]
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda needs a CUDA GPU, and torch sees none')
+    cases = gpu_cases() if args.device == 'cuda' else cpu_cases()
+    cases = [c for c in cases if any(c.name.startswith(prefix) for prefix in args.cases)]
+    if not cases:
+        parser.error(f'no case begins with {" or ".join(args.cases)}')
     if args.memory_of:
-        print_peak_memory(next(c for c in cases if c.name == args.memory_of[0]), args.memory_of[1])
+        print_peak_memory(next(c for c in cases if c.name == args.memory_of[0]), args.memory_of[1], args.device)
         return
 
     print(
         f'{time.strftime("%Y-%m-%d")}, {platform.machine()}, {args.threads} threads, '
         f'Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, '
         f'timm {timm.__version__}, timm_smpconv {timm_smpconv.__version__}, '
-        f'{torch.backends.cpu.get_cpu_capability()}\n'
+        f'{torch.cuda.get_device_name() if args.device == "cuda" else torch.backends.cpu.get_cpu_capability()}\n'
     )
     print('| case | path | ms | plain / path | peak MiB | goal |\n|---|---|---|---|---|---|')
     rows = []
@@ -282,11 +385,11 @@ def main() -> None:
         for path, build in case.paths.items():
             bar.set_description(f'{case.name} {path}')
             torch.manual_seed(0)
-            seconds = measure(build(), args.repeats, args.seconds)
+            seconds = measure(build(), args.repeats, args.seconds, args.device)
             plain = plain or seconds
             row = dict(case=case.name, path=path, ms=f'{seconds * 1e3:.1f}', ratio=f'{plain / seconds:.2f}', mib='')
             if args.memory:
-                row['mib'] = f'{peak_memory(case.name, path, args.threads):.0f}'
+                row['mib'] = f'{peak_memory(case.name, path, args.threads, args.device):.0f}'
             row['goal'] = case.goal if path == 'chosen' else ''
             rows.append(row)
             tqdm.write('| ' + ' | '.join(row.values()) + ' |', file=sys.stdout)
