@@ -74,6 +74,11 @@ def test_card_of_other_weights():
     model = timm.create_model('smpconv_seq_mnist', num_classes=3)
     text = model_card('smpconv_seq_mnist.smnist', model, 'Converted from `a.pth`.', measured=False)
     assert 'Converted from `a.pth`.' in text and '99.50' not in text and 'not been measured' in text
+    assert 'does not record what it was trained on' in text and ModelCard(text).data.datasets is None
+    text = model_card('smpconv_cifar.c10', timm.create_model('smpconv_cifar'), 'Converted.', measured=False)
+    assert 'If it was trained on CIFAR-10, the classes are' in text
+    text = model_card('smpconv_cifar.c10', timm.create_model('smpconv_cifar'), 'Converted.', measured=True)
+    assert 'The classes are' in text and ModelCard(text).data.datasets == ['cifar10']
 
 
 def test_list_is_the_table():

@@ -128,11 +128,12 @@ def model_card(
     cfg = model.pretrained_cfg
     weights = WEIGHTS.get(name)
     own = weights is not None and provenance is None
+    known = own or (weights is not None and measured)  # else it may be a network fine-tuned on anything
     task = _TASKS.get(tag, 'image-classification')
     images = task == 'image-classification'
     meta = ['---', f'license: {cfg.get("license") or "mit"}', 'library_name: timm', f'pipeline_tag: {task}', 'tags:']
     meta += [f'- {t}' for t in (task, 'timm', 'timm_smpconv', 'smpconv')]
-    if tag in _DATASETS:
+    if tag in _DATASETS and known:
         meta += ['datasets:', f'- {_DATASETS[tag]}']
     meta.append('---')
 
@@ -183,7 +184,11 @@ def model_card(
         ]
     classes = CLASS_NAMES.get(tag, ())
     if len(classes) == model.num_classes:
-        lines += [f'The classes are, in this order: {", ".join(classes)}.', '']
+        order = f'in this order: {", ".join(classes)}.'
+        if known or weights is None:
+            lines += [f'The classes are, {order}', '']
+        else:
+            lines += [f'If it was trained on {weights.trained_on}, the classes are, {order}', '']
     if deployed:
         lines += [
             '`deployed.safetensors` holds the same network with its kernels rendered, for '
@@ -202,13 +207,16 @@ def model_card(
             ]
         else:
             lines += ['- The accuracy of this file has not been measured by this project.']
-        lines += [f'- Top-1 accuracy that the paper reports, for its own weights: {weights.paper_accuracy:.2f} %.']
-        if weights.note and (own or measured):
+        lines += [
+            f'- Top-1 accuracy that the paper reports, for its own weights and on {weights.trained_on}: '
+            f'{weights.paper_accuracy:.2f} %.'
+        ]
+        if weights.note and known:
             lines += [f'- {weights.note}']
         lines += ['']
     lines += ['## Origin', '']
     if provenance is not None:
-        lines += [provenance]
+        lines += [provenance if known else f'{provenance} The file does not record what it was trained on.']
     elif weights is not None and weights.bundled:
         lines += [
             f'Trained by the timm_smpconv project on {weights.trained_on}. File: {weights.size:,} bytes, sha256 '
