@@ -18,8 +18,9 @@ from datasets import write_mnist, write_speech, write_trajectories
 from safetensors.torch import load_file
 
 from timm_smpconv import train as module
-from timm_smpconv._files import read_metadata
+from timm_smpconv._files import read_metadata, save_tensors
 from timm_smpconv.catalog import model_names
+from timm_smpconv.checkpoint import CheckpointError
 from timm_smpconv.data import load_mnist, load_speech
 from timm_smpconv.predict import load_model
 from timm_smpconv.recipe import Recipe, read_recipe, recipe_text
@@ -29,6 +30,7 @@ from timm_smpconv.tasks import (
     augment_waves,
     channel_statistics,
     mask_spectrogram,
+    network_input,
     normalize,
     split,
 )
@@ -164,6 +166,67 @@ def test_raw_speech(data_dir, tmp_path):
     assert _log(tmp_path)[0]['val_accuracy'] == ''
 
 
+def test_raw_speech_at_a_lower_rate(data_dir, tmp_path):
+    """The result says which input it wants, is validated on it, and starts a run at a higher rate."""
+    recipe = Recipe('smpconv_seq_speech_raw', epochs=1, val_percent=20, sample_rate=1000, **SPEECH)
+    kwargs = dict(dim=4, depth=1)
+    low = dataclasses.replace(recipe, model_kwargs=dict(kwargs, kernel_size=100, radius=0.02))
+    path = train(low, data_dir, tmp_path / 'low', progress=False)
+    model = timm.create_model(f'local-dir:{tmp_path / "low"}', pretrained=True)
+    assert tuple(model.pretrained_cfg['input_size']) == (1, 1, 1000)
+    task = TASKS[recipe.model]
+    held = split(task.load(data_dir, True), recipe, task)[1]
+    accuracy = (evaluate(model, held, task, progress=False) == held.labels).float().mean().item()
+    assert float(_log(tmp_path / 'low')[0]['val_accuracy']) == pytest.approx(accuracy, abs=1e-5)
+
+    high = dict(sample_rate=0, lr=0.0, min_lr=0.0, model_ema_decay=0.0, initial_checkpoint=str(path))
+    recipe = dataclasses.replace(recipe, **high, model_kwargs=dict(kwargs, kernel_size=1600, radius=0.02))
+    again = train(recipe, data_dir, tmp_path / 'high', progress=False)
+    before, after = load_file(path), load_file(again)
+    assert all(torch.equal(before[key], after[key]) for key in before if 'kernel' in key or 'small.' in key)
+
+
+def test_lower_rate_is_the_same_sound():
+    """Tones below half the rate stay as they are, at each sample that both rates have; those above vanish."""
+    steps = torch.arange(16000, dtype=torch.float64) / 16000
+    low, high = (torch.sin(2 * torch.pi * pitch * steps) * 32767 * 0.5 for pitch in (440, 3000))
+    raw = torch.stack([low, low + high]).round().to(torch.int16)
+    cfg = dict(input_size=(1, 1, 4000), mean=(0.0,), std=(1.0,))
+    x = network_input(TASKS['smpconv_seq_speech_raw'], raw, cfg)
+    assert x.shape == (2, 1, 4000)
+    wanted = (low / 32768)[::4].float().expand(2, 1, -1)
+    torch.testing.assert_close(x, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['smpconv_seq_mnist', 'smpconv_seq_speech'])
+def test_start_from_the_bundled_weights(data_dir, tmp_path, name):
+    """With a learning rate of 0 weights stay; the inputs are normalised as they were for these weights."""
+    held = dict(val_images=5) if name == 'smpconv_seq_mnist' else dict(val_percent=20)
+    recipe = Recipe(name, epochs=1, batch_size=8, lr=0.0, min_lr=0.0, pretrained=True, **held)
+    path = train(recipe, data_dir, tmp_path / 'run', progress=False)
+    model = timm.create_model(name, pretrained=True)
+    found, wanted = load_file(path), model.state_dict()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted if 'norm' not in key)
+    assert read_metadata(path)['mean'] == pytest.approx(list(model.pretrained_cfg['mean']))
+    # the same from a file, which carries its statistics
+    file = tmp_path / 'weights.safetensors'
+    save_tensors(file, model.state_dict(), dict(mean=model.pretrained_cfg['mean'], std=model.pretrained_cfg['std']))
+    recipe = dataclasses.replace(recipe, pretrained=False, initial_checkpoint=str(file))
+    assert _same(path, train(recipe, data_dir, tmp_path / 'file', progress=False))
+    other = Recipe('smpconv_seq_chartraj', epochs=1, batch_size=8, initial_checkpoint=str(file))
+    with pytest.raises(CheckpointError):
+        train(other, data_dir, tmp_path / 'other', progress=False)
+
+
+def test_mixed_precision(data_dir, tmp_path):
+    path = train(dataclasses.replace(RECIPE, amp=True), data_dir, tmp_path / 'amp', progress=False)
+    plain = train(RECIPE, data_dir, tmp_path / 'plain', progress=False)
+    found, wanted = load_file(path), load_file(plain)
+    assert all(value.dtype == wanted[key].dtype for key, value in found.items()) and not _same(path, plain)
+    loss, other = (float(_log(tmp_path / run)[-1]['train_loss']) for run in ('amp', 'plain'))
+    assert loss == pytest.approx(other, rel=0.05)
+
+
 def test_it_learns(tmp_path):
     """Tones that differ in pitch are told apart within seconds."""
     data = write_speech(tmp_path / 'data', train=120, test=40)
@@ -191,6 +254,7 @@ def test_other_recipe_in_the_same_folder(data_dir, tmp_path):
         (dict(model='smpconv_cifar'), r"timm's own train.py trains smpconv_cifar: recipes/smpconv_cifar.yaml"),
         (dict(noise=0.1), 'noise=0.1 has no effect on smpconv_seq_mnist, which knows augment, val_images'),
         (dict(model='smpconv_seq_speech_raw', freq_mask=3), 'freq_mask=3 has no effect'),
+        (dict(sample_rate=4000), 'sample_rate=4000 has no effect'),
         (dict(val_images=22), 'Of 25 training samples 22 are held out'),
     ],
 )

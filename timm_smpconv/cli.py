@@ -363,7 +363,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
-    with logging_redirect_tqdm(), _user_errors(ValueError, OSError, FloatingPointError):
+    with logging_redirect_tqdm(), _user_errors(ValueError, OSError, FloatingPointError, WeightsError):
         path = train(recipe, args.data_dir, args.output, True, args.recovery_interval, args.device)
     print(path)
     return 0

@@ -27,6 +27,9 @@ class Recipe:
         drop: Dropout rate within the blocks.
         drop_path: Largest rate of stochastic depth.
         input_drop_rate: Dropout rate of the input.
+        pretrained: Start from the model's own weights, wherever `pretrained=True` finds them.
+        initial_checkpoint: Start from the weights of this file; without it or `pretrained`, from random ones.
+        amp: Compute in bfloat16 where torch's autocast does.
         smoothing: Label smoothing.
         mixup: Alpha of mixup, 0 for none.
         model_ema_decay: Decay of the weight average that is evaluated and kept, 0 for none.
@@ -35,6 +38,8 @@ class Recipe:
         speed: Speech: play faster or slower by up to this fraction.
         gain: Speech: amplify or attenuate by up to so many decibels.
         noise: Speech: add white noise of up to this standard deviation, where 1 is full scale.
+        sample_rate: Raw speech: samples per second that the network gets, 0 for its own; kernel_size and radius of
+            `model_kwargs` have to fit.
         time_mask: Speech as MFCC: widest mask over frames.
         freq_mask: Speech as MFCC: widest mask over mel bands.
         masks: Speech as MFCC: masks of each kind.
@@ -56,6 +61,9 @@ class Recipe:
     drop: float = 0.0
     drop_path: float = 0.0
     input_drop_rate: float = 0.1
+    pretrained: bool = False
+    initial_checkpoint: str = ''
+    amp: bool = False
     smoothing: float = 0.0
     mixup: float = 0.0
     model_ema_decay: float = 0.999
@@ -64,6 +72,7 @@ class Recipe:
     speed: float = 0.0
     gain: float = 0.0
     noise: float = 0.0
+    sample_rate: int = 0
     time_mask: int = 0
     freq_mask: int = 0
     masks: int = 1
@@ -79,6 +88,7 @@ class Recipe:
             ('warmup_epochs', 0, None),
             ('model_ema_decay', 0, 1),
             ('speed', 0, 0.9),
+            ('sample_rate', 0, 16000),
             ('masks', 0, None),
             ('val_images', 0, None),
             ('val_percent', 0, 99),
@@ -87,6 +97,8 @@ class Recipe:
             if value < low or (high is not None and value > high):
                 limits = f'at least {low}' if high is None else f'from {low} to {high}'
                 raise ValueError(f'{name} must be {limits}, got {value!r}.')
+        if self.pretrained and self.initial_checkpoint:
+            raise ValueError('pretrained and initial_checkpoint both say where to start: give one of them.')
 
 
 def read_recipe(path: Path) -> Dict[str, Any]:

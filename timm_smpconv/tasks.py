@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Callable, Dict, FrozenSet, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ __all__ = [
     'augment_waves',
     'channel_statistics',
     'mask_spectrogram',
+    'network_input',
     'normalize',
     'split',
 ]
@@ -35,6 +36,7 @@ class Task:
     Attributes:
         load: Reads the training or the test part under a data folder.
         inputs: Stored samples to inputs of the network, not yet normalised; augmented if there is a recipe.
+        resampled: Inputs of any number of steps make sense: they are brought to that of the network.
         measured: Inputs are normalised with the statistics of the training data, not with fixed numbers.
         options: Fields of a recipe that say how this task augments and splits.
     """
@@ -43,6 +45,7 @@ class Task:
     inputs: Inputs
     measured: bool
     options: FrozenSet[str]
+    resampled: bool = False
 
 
 def augment_digits(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -175,7 +178,7 @@ TASKS: Dict[str, Task] = {
     'smpconv_seq_mnist': _MNIST,
     'smpconv_seq_pmnist': _MNIST,
     'smpconv_seq_speech': Task(load_speech, _mfcc_speech, True, _WAVE_OPTIONS | {'time_mask', 'freq_mask', 'masks'}),
-    'smpconv_seq_speech_raw': Task(load_speech, _raw_speech, False, _WAVE_OPTIONS),
+    'smpconv_seq_speech_raw': Task(load_speech, _raw_speech, False, _WAVE_OPTIONS | {'sample_rate'}, resampled=True),
     'smpconv_seq_chartraj': Task(load_character_trajectories, _trajectories, True, frozenset({'val_percent'})),
 }
 
@@ -220,6 +223,33 @@ def channel_statistics(samples: Samples, task: Task, batch_size: int = 256) -> T
     std = (squares / count - mean.square()).clamp(min=0.0).sqrt().clamp(min=1e-6)
     # few digits, so that a file of text carries exactly what the network was trained with
     return [float(f'{value:.6g}') for value in mean.tolist()], [float(f'{value:.6g}') for value in std.tolist()]
+
+
+def network_input(
+    task: Task,
+    raw: torch.Tensor,
+    cfg: Mapping[str, Any],
+    recipe: Optional[Recipe] = None,
+    generator: Optional[torch.Generator] = None,
+) -> torch.Tensor:
+    """Stored samples to what a network is called with.
+
+    Args:
+        task: The network's.
+        raw: Stored samples, (B, ...).
+        cfg: Its pretrained configuration: input_size, mean and std.
+        recipe: Says how to augment; None for no augmentation.
+        generator: Source of all randomness of the augmentation.
+
+    Returns:
+        Input, (B, channels, steps) or (B, channels, height, width).
+    """
+    x = task.inputs(raw, recipe, generator)
+    steps = cfg['input_size'][-1]
+    if task.resampled and x.shape[-1] != steps:
+        # below the lower of the two limits nothing changes, above it nothing is left
+        x = torch.fft.irfft(torch.fft.rfft(x)[..., : steps // 2 + 1], n=steps) * (steps / x.shape[-1])
+    return normalize(x, cfg['mean'], cfg['std'])
 
 
 def normalize(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

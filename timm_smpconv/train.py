@@ -24,10 +24,12 @@ from torch import nn
 from tqdm import tqdm
 
 from ._files import atomic_path, save_tensors, write_text
+from .checkpoint import fit_checkpoint, read_checkpoint
 from .convert import write_config
 from .data import Samples
+from .predict import carried_statistics
 from .recipe import Recipe, read_recipe, recipe_text
-from .tasks import TASKS, Task, channel_statistics, normalize, split
+from .tasks import TASKS, Task, channel_statistics, network_input, split
 
 __all__ = ['check_trainable', 'evaluate', 'train']
 
@@ -90,7 +92,7 @@ def evaluate(
     bar = tqdm(total=len(samples), desc='evaluate', unit='sample', disable=not progress, leave=False)
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]
-        x = normalize(task.inputs(part.inputs, None, None), cfg['mean'], cfg['std'])
+        x = network_input(task, part.inputs, cfg)
         predictions.append(model(x.to(device)).argmax(1).cpu())
         hits += int((predictions[-1] == part.labels).sum())
         seen += len(part)
@@ -112,13 +114,24 @@ class _Run:
         self.recipe, self.output, self.device = recipe, output, device
         self.steps_per_epoch = len(samples) // recipe.batch_size
         torch.manual_seed(recipe.seed)
+        resumed = self._checkpoint_path.exists()
         self.model = timm.create_model(
             recipe.model,
+            pretrained=recipe.pretrained and not resumed,
             drop_rate=recipe.drop,
             drop_path_rate=recipe.drop_path,
             input_drop_rate=recipe.input_drop_rate,
             **recipe.model_kwargs,
-        ).to(device)
+        )
+        cfg = self.model.pretrained_cfg
+        measured = task.measured and not recipe.pretrained  # weights that are there are used to their own statistics
+        if recipe.initial_checkpoint and not resumed:
+            path = Path(recipe.initial_checkpoint)
+            self.model.load_state_dict(fit_checkpoint(read_checkpoint(path), self.model, str(path)))
+            carried = carried_statistics(path)
+            cfg.update(carried)
+            measured = measured and not carried
+        self.model.to(device)
         self.ema: Optional[ModelEmaV3] = None
         if recipe.model_ema_decay:
             self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay, use_warmup=True)
@@ -138,11 +151,14 @@ class _Run:
         self.loss_sum, self.hits, self.seconds = 0.0, 0, 0.0  # of the epoch
         self.rows: List[Dict[str, str]] = []  # of the log
         self.saved_at = time.monotonic()
-        cfg = self.model.pretrained_cfg
         self.mean, self.std = [float(v) for v in cfg['mean']], [float(v) for v in cfg['std']]
-        if not self._resume() and task.measured:
+        if resumed:
+            self._resume()
+        elif measured:
             self.mean, self.std = channel_statistics(samples, task)
         cfg['mean'], cfg['std'] = tuple(self.mean), tuple(self.std)
+        if recipe.sample_rate:
+            cfg['input_size'] = (*cfg['input_size'][:-1], recipe.sample_rate)
         if self.ema:
             self.ema.module.pretrained_cfg = cfg
 
@@ -155,10 +171,8 @@ class _Run:
     def _checkpoint_path(self) -> Path:
         return self.output / 'checkpoint.pt'
 
-    def _resume(self) -> bool:
+    def _resume(self) -> None:
         path = self._checkpoint_path
-        if not path.exists():
-            return False
         advice = 'delete it to start over'
         try:
             checkpoint = torch.load(path, map_location=self.device, weights_only=True)
@@ -177,7 +191,6 @@ class _Run:
         except (KeyError, RuntimeError, ValueError) as e:
             raise ValueError(f'Cannot continue from {path} ({e}): {advice}.') from e
         _logger.info('Continuing %s after step %d.', self.output, self.step)
-        return True
 
     def save(self) -> None:
         """Writes the checkpoint and, from the rows in it, the log."""
@@ -214,8 +227,9 @@ class _Run:
         """One update from normalised inputs and class indices or probabilities; `labels` are for the accuracy."""
         recipe = self.recipe
         self.scheduler.step_update(self.step)
-        logits = self.model(x)
-        loss = F.cross_entropy(logits, target, label_smoothing=recipe.smoothing)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=recipe.amp):
+            logits = self.model(x)
+            loss = F.cross_entropy(logits, target, label_smoothing=recipe.smoothing)
         self.optimizer.zero_grad()
         loss.backward()
         if recipe.clip_grad:
@@ -272,6 +286,7 @@ def train(
 
     Raises:
         FileNotFoundError: The data are not there.
+        WeightsError, CheckpointError: The weights to start from cannot be had, or do not fit.
         ValueError: The recipe or the data do not fit, or the output folder belongs to another recipe.
         FloatingPointError: The loss is not finite.
     """
@@ -326,8 +341,8 @@ def _train_epoch(
         seed = _seed(recipe.seed, epoch, i)
         torch.manual_seed(seed)  # dropout
         part = samples[order[i * recipe.batch_size : (i + 1) * recipe.batch_size]]
-        x = task.inputs(part.inputs, recipe, torch.Generator().manual_seed(_seed(seed)))
-        x = normalize(x, run.mean, run.std)
+        generator = torch.Generator().manual_seed(_seed(seed))
+        x = network_input(task, part.inputs, run.model.pretrained_cfg, recipe, generator)
         target = part.labels
         if recipe.mixup:
             x, target = _mix(x, target, run.model.num_classes, np.random.default_rng(seed), recipe.mixup)
@@ -359,7 +374,8 @@ def _write_result(run: _Run) -> Path:
     recipe = run.recipe
     model = timm.create_model(recipe.model, **recipe.model_kwargs)
     model.load_state_dict(run.final.state_dict())
-    model.pretrained_cfg.update(mean=tuple(run.mean), std=tuple(run.std))
+    cfg = run.model.pretrained_cfg
+    model.pretrained_cfg.update(mean=cfg['mean'], std=cfg['std'], input_size=cfg['input_size'])
     write_config(model, run.output / 'config.json', recipe.model_kwargs)
     path = run.output / 'model.safetensors'
     # a file on its own says how its input is normalised

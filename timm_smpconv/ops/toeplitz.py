@@ -216,20 +216,21 @@ def _correlate(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     blocks = _correlate_blocks(batch, width, x.dtype)
     tiles = [triton.cdiv(n, blocks[f'BLOCK_{axis}']) for n, axis in ((batch, 'B'), (height, 'H'), (width, 'W'))]
-    _correlate_kernel[(channels * tiles[0] * tiles[1] * tiles[2],)](
-        x.contiguous(),
-        weight.contiguous(),
-        bias if bias is None else bias.contiguous(),
-        y,
-        batch,
-        channels,
-        height,
-        *weight.shape[2:],
-        *left,
-        *tiles,
-        HAS_BIAS=bias is not None,
-        **blocks,
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _correlate_kernel[(channels * tiles[0] * tiles[1] * tiles[2],)](
+            x.contiguous(),
+            weight.contiguous(),
+            bias if bias is None else bias.contiguous(),
+            y,
+            batch,
+            channels,
+            height,
+            *weight.shape[2:],
+            *left,
+            *tiles,
+            HAS_BIAS=bias is not None,
+            **blocks,
+        )
     return y
 
 
@@ -243,19 +244,20 @@ def _weight_grad(x: torch.Tensor, grad: torch.Tensor, taps: Sequence[int], left:
     tiles = triton.cdiv(columns, block)
     # a column of products has each tap once: no two products meet in one entry
     out = torch.zeros(channels, taps[0], block, taps[1], dtype=torch.float32, device=x.device)
-    _weight_grad_kernel[(channels * taps[0] * tiles,)](
-        x.contiguous(),
-        grad.contiguous(),
-        out,
-        batch,
-        channels,
-        height,
-        *taps,
-        *left,
-        origin,
-        tiles,
-        **blocks,
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _weight_grad_kernel[(channels * taps[0] * tiles,)](
+            x.contiguous(),
+            grad.contiguous(),
+            out,
+            batch,
+            channels,
+            height,
+            *taps,
+            *left,
+            origin,
+            tiles,
+            **blocks,
+        )
     return out.sum(2).unsqueeze(1).to(x.dtype)
 
 
