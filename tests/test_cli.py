@@ -305,10 +305,26 @@ def test_unknown_model(capsys, digit, command, name):
     assert 'Unknown' in err and 'smpconv_tiny' in err
 
 
-@pytest.mark.parametrize('name', ['smpconv_seq_chartraj', 'smpconv_seq_speech.sc', 'smpconv_seq_speech_raw'])
-def test_model_of_other_series(capsys, digit, name):
-    status, out, err = run(capsys, 'predict', digit, '--model', name)
-    assert status == 2 and not out and 'does not classify images' in err and 'smpconv_cifar' in err
+def test_model_of_other_series(capsys, digit):
+    status, out, err = run(capsys, 'predict', digit, '--model', 'smpconv_seq_chartraj')
+    assert status == 2 and not out and 'does not classify images' in err
+    assert 'smpconv_cifar' in err and 'smpconv_seq_speech' in err
+
+
+@pytest.mark.parametrize('name', ['smpconv_seq_speech.sc', 'smpconv_seq_speech_raw'])
+def test_sounds_have_nothing_to_invert(capsys, digit, name):
+    status, out, err = run(capsys, 'predict', digit, '--model', name, '--invert')
+    assert status == 2 and not out and 'invert' in err and name in err
+
+
+def test_words(capsys, digit):
+    """The samples of the repository, recordings that were not trained on; and a file that is no sound."""
+    files = sorted((Path(__file__).resolve().parents[1] / 'examples' / 'words').glob('*.wav'))
+    status, out, err = run(capsys, 'predict', *files, digit, '--model', 'smpconv_seq_speech', '--json')
+    results = json.loads(out)
+    assert status == 1 and 'cannot read' in err and 'is not a readable WAV or FLAC file' in results[-1]['error']
+    hits = sum(Path(r['file']).stem == r['predictions'][0]['label'] for r in results[:-1])
+    assert len(files) == 10 and hits >= 8
 
 
 def test_bad_checkpoints(capsys, tmp_path, digit):
@@ -501,7 +517,7 @@ def test_bad_recipe(capsys, tmp_path, recipe, message):
 
 
 def test_recipes_of_the_repository_are_valid(capsys, tmp_path):
-    for path in [*RECIPES.glob('smpconv_seq_[mps]*.yaml'), *RECIPES.glob('shipped/smpconv_seq*.yaml')]:
+    for path in [*RECIPES.glob('smpconv_seq_[mps]*.yaml'), *RECIPES.glob('shipped/smpconv_seq_[mps]*.yaml')]:
         status, _, err = run(capsys, 'train', '--data', tmp_path, '--output', tmp_path / 'run', '--config', path)
         assert status == 2 and 'timm-smpconv data' in err
 

@@ -20,7 +20,7 @@ from .catalog import ModelInfo, describe_models
 from .confusion import MAX_CLASSES, draw_confusion
 from .convert import convert
 from .data import DATA_SETS, prepare
-from .predict import FileResult, check_known, check_takes_images, load_model, predict_files
+from .predict import FileResult, check_known, check_takes_files, load_model, predict_files
 from .publish import push, verify
 from .recipe import Recipe, read_recipe
 from .train import check_trainable, train
@@ -93,9 +93,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=f'{_PROG} {__version__}')
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
 
-    command = commands.add_parser('predict', help='classify image files', description='Classify image files.')
+    command = commands.add_parser(
+        'predict',
+        help='classify image or sound files',
+        description='Classify image files or, with the speech models, sound files.',
+    )
     command.set_defaults(run=_predict)
-    command.add_argument('images', nargs='+', metavar='IMAGE', help='image file of any format, size and mode')
+    command.add_argument(
+        'files', nargs='+', metavar='FILE', help='image of any format, size and mode; for the speech models a sound'
+    )
     _add_model(command)
     command.add_argument('--topk', type=_positive, default=3, metavar='K', help='classes to print (default: 3)')
     command.add_argument('--invert', action='store_true', help='swap dark and light: for dark digits on light ground')
@@ -256,15 +262,15 @@ def _load(args: argparse.Namespace) -> nn.Module:
 def _predict(args: argparse.Namespace) -> int:
     with _user_errors(ValueError):
         check_known(args.model)
-        check_takes_images(args.model)
+        check_takes_files(args.model, args.invert)
     model = _load(args)
     results: List[FileResult] = []
     bar = tqdm(
-        predict_files(model, args.images, args.topk, args.invert),
-        total=len(args.images),
+        predict_files(model, args.files, args.topk, args.invert),
+        total=len(args.files),
         unit='file',
         leave=False,
-        disable=len(args.images) <= 20 or not sys.stderr.isatty(),
+        disable=len(args.files) <= 20 or not sys.stderr.isatty(),
     )
     for result in bar:
         results.append(result)

@@ -16,11 +16,10 @@ import os
 import re
 import shutil
 import tarfile
-import wave
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
 from urllib.error import URLError
 
 import numpy as np
@@ -32,13 +31,13 @@ from torchvision.datasets import MNIST
 from tqdm import tqdm
 
 from ._files import save_tensors
+from .audio import RATE, decode_sound
 from .classes import CHARACTERS, CIFAR10, SPEECH_WORDS
 
 __all__ = ['DATA_SETS', 'Prepared', 'Samples', 'load_character_trajectories', 'load_mnist', 'load_speech', 'prepare']
 
 _logger = logging.getLogger(__name__)
 
-_RATE = 16000  # samples per second, and samples of a recording
 _TRAJECTORY = 182  # steps
 
 _MNIST_MD5 = {
@@ -351,7 +350,7 @@ def _make_speech(target: Path, files: List[Path], downloads: Path, progress: boo
             ),
             dict(
                 words=SPEECH_WORDS,
-                sample_rate=_RATE,
+                sample_rate=RATE,
                 source='Speech Commands v0.02 (Warden 2018, CC BY 4.0), from ' + ', '.join(f.name for f in files),
             ),
         )
@@ -367,36 +366,18 @@ def _read_recordings(file: Path, progress: bool) -> Tuple[Dict[Tuple[str, str, i
             listed = set(read().decode().split())
         match = _RECORDING.fullmatch(name)
         if match and match[1] in SPEECH_WORDS:
-            samples = _decode(read(), f'{name} in {file}')[:_RATE]
-            recordings[match[1], match[2], int(match[3])] = np.pad(samples, (0, _RATE - len(samples)))
+            samples = _decode(read(), f'{name} in {file}')[:RATE]
+            recordings[match[1], match[2], int(match[3])] = np.pad(samples, (0, RATE - len(samples)))
     return recordings, listed
 
 
 def _decode(content: bytes, name: str) -> np.ndarray:
-    """Samples of a WAV or FLAC file of 16 kHz, one channel and 16 bits."""
-    try:
-        if content[:4] == b'RIFF':
-            with wave.open(io.BytesIO(content)) as file:
-                kind = file.getframerate(), file.getnchannels(), 8 * file.getsampwidth()
-                samples = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
-        else:
-            soundfile = _soundfile(name)
-            with soundfile.SoundFile(io.BytesIO(content)) as file:
-                kind = file.samplerate, file.channels, 16 if file.subtype == 'PCM_16' else file.subtype
-                samples = file.read(dtype='int16')
-    except (wave.Error, EOFError, RuntimeError) as e:  # soundfile's errors are RuntimeErrors
-        raise ValueError(f'{name} is not a readable WAV or FLAC file ({e}).') from e
-    if kind != (_RATE, 1, 16):
-        raise ValueError(f'{name}: expected {_RATE} Hz, 1 channel and 16 bits, got {kind[0]}, {kind[1]} and {kind[2]}.')
-    return samples.view('<i2').astype(np.int16)
-
-
-def _soundfile(name: str) -> Any:
-    try:
-        import soundfile
-    except (ImportError, OSError) as e:  # OSError: without the library that it wraps
-        raise ValueError(f'{name} is a FLAC file, which needs: pip install timm-smpconv[audio]') from e
-    return soundfile
+    """Samples of a sound file of 16 kHz, one channel and 16 bits, as int16."""
+    sound = decode_sound(content, name)
+    kind = sound.rate, sound.samples.shape[1], sound.bits
+    if kind != (RATE, 1, 16):
+        raise ValueError(f'{name}: expected {RATE} Hz, 1 channel and 16 bits, got {kind[0]}, {kind[1]} and {kind[2]}.')
+    return (sound.samples[:, 0] * 32768).astype(np.int16)
 
 
 def _speaker_number(speaker: str) -> int:
@@ -417,7 +398,7 @@ def load_speech(root: Union[str, Path], train: bool) -> Samples:
         FileNotFoundError: The file is not there.
         ValueError: It is of another kind.
     """
-    tensors = _load(root, 'speech_commands', train, dict(waves=(_RATE,), labels=(), speakers=()))
+    tensors = _load(root, 'speech_commands', train, dict(waves=(RATE,), labels=(), speakers=()))
     return Samples(tensors['waves'], tensors['labels'], tensors['speakers'])
 
 

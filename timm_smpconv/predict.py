@@ -1,9 +1,9 @@
-"""Classification of image files of any kind."""
+"""Classification of image files, and for the speech networks of sound files, of any kind."""
 
 import dataclasses
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import timm
@@ -13,8 +13,10 @@ from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import nn
 
 from ._files import read_metadata
+from .audio import load_second
 from .catalog import model_names
 from .classes import CLASS_NAMES
+from .tasks import TASKS, network_input
 from .weights import WEIGHTS
 
 __all__ = [
@@ -22,7 +24,7 @@ __all__ = [
     'Prediction',
     'carried_statistics',
     'check_known',
-    'check_takes_images',
+    'check_takes_files',
     'class_names',
     'load_image',
     'load_model',
@@ -78,19 +80,29 @@ def check_known(name: str) -> None:
         raise ValueError(f'Unknown weights {name!r}: expected {architecture} or one of {", ".join(tagged)}.')
 
 
-def check_takes_images(name: str) -> None:
-    """Checks that a known model classifies images.
+def check_takes_files(name: str, invert: bool = False) -> None:
+    """Checks that a known model classifies files: images or sounds.
+
+    Args:
+        name: Model.
+        invert: Dark and light are to be swapped, which sounds do not have.
 
     Raises:
-        ValueError: It classifies other series.
+        ValueError: It classifies other series, or has nothing to invert.
     """
     channels, height, steps = _input_size(name)
-    if height == 1:
+    task = TASKS.get(name.partition('.')[0])
+    if height > 1:
+        return
+    if task is None or not task.sound:
         images = [known for known in model_names() if _input_size(known)[1] > 1]
+        sounds = [known for known in model_names() if known in TASKS and TASKS[known].sound]
         raise ValueError(
-            f'{name} does not classify images but series of {steps} steps and {channels} channel(s): use it from '
-            f'Python, or choose one of {", ".join(images)}.'
+            f'{name} does not classify images or sounds but series of {steps} steps and {channels} channel(s): use it '
+            f'from Python, or choose one of {", ".join(images)} for images, {", ".join(sounds)} for sounds.'
         )
+    if invert:
+        raise ValueError(f'{name} classifies sounds, which have no dark and light to invert.')
 
 
 def _input_size(name: str) -> Tuple[int, ...]:
@@ -198,6 +210,19 @@ def _limit_aspect(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
 
 
+def _reader(model: nn.Module, invert: bool) -> Callable[[str], torch.Tensor]:
+    """What turns a file into an input of the network, (channels, height, width) or (channels, steps)."""
+    task = TASKS.get(model.pretrained_cfg['architecture'])
+    if task is not None and task.sound:
+        return lambda file: network_input(task, load_second(file).unsqueeze(0), model.pretrained_cfg)[0]
+    cfg = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+    transform = create_transform(**cfg, is_training=False)
+    channels = cfg['input_size'][0]
+    # digits are light on black; what is inverted afterwards needs the opposite ground
+    background = 0 if channels == 1 and not invert else 255
+    return lambda file: transform(_limit_aspect(load_image(file, channels, background, invert)))
+
+
 @torch.inference_mode()
 def predict_files(
     model: nn.Module,
@@ -206,37 +231,33 @@ def predict_files(
     invert: bool = False,
     batch_size: int = 16,
 ) -> Iterator[FileResult]:
-    """Classifies image files, a few at a time, with the preprocessing of the model's weights.
+    """Classifies files, a few at a time, with the preprocessing of the model's weights.
 
     Args:
-        model: Image model in eval mode, with its pretrained_cfg.
-        files: Paths.
+        model: Model for images or for speech in eval mode, with its pretrained_cfg.
+        files: Paths. Of a sound longer than a second the second with the most energy counts.
         topk: Classes to return for each file; all if the model has fewer.
         invert: Swap dark and light: for dark digits on light ground.
-        batch_size: Images in memory at a time.
+        batch_size: Files in memory at a time.
 
     Yields:
         One result for each file, in their order; a file that cannot be read has its error in place of predictions.
     """
-    cfg = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
-    transform = create_transform(**cfg, is_training=False)
-    channels = cfg['input_size'][0]
-    # digits are light on black; what is inverted afterwards needs the opposite ground
-    background = 0 if channels == 1 and not invert else 255
+    read = _reader(model, invert)
     names = class_names(model)
 
     for start in range(0, len(files), batch_size):
         chunk = [str(file) for file in files[start : start + batch_size]]
-        images: List[torch.Tensor] = []
+        inputs: List[torch.Tensor] = []
         errors: Dict[int, str] = {}
         for i, file in enumerate(chunk):
             try:
-                images.append(transform(_limit_aspect(load_image(file, channels, background, invert))))
-            except Exception as e:  # a broken file makes Pillow raise almost anything, and must not stop the others
+                inputs.append(read(file))
+            except Exception as e:  # a broken file makes decoders raise almost anything, and must not stop the others
                 errors[i] = _one_line(e)
         readable: Iterator[Any] = iter(())
-        if images:
-            probabilities, indices = model(torch.stack(images)).softmax(1).topk(min(topk, len(names)))
+        if inputs:
+            probabilities, indices = model(torch.stack(inputs)).softmax(1).topk(min(topk, len(names)))
             readable = zip(probabilities.tolist(), indices.tolist())
         for i, file in enumerate(chunk):
             if i in errors:

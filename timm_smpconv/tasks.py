@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequ
 import torch
 import torch.nn.functional as F
 
+from .audio import RATE, resample
 from .data import Samples, load_character_trajectories, load_mnist, load_speech
 from .features import MFCC
 from .recipe import Recipe
@@ -26,8 +27,6 @@ __all__ = [
 
 Inputs = Callable[[torch.Tensor, Optional[Recipe], Optional[torch.Generator]], torch.Tensor]
 
-_RATE = 16000
-
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -36,6 +35,7 @@ class Task:
     Attributes:
         load: Reads the training or the test part under a data folder.
         inputs: Stored samples to inputs of the network, not yet normalised; augmented if there is a recipe.
+        sound: Samples are recordings of one second at 16 kHz, as 16-bit numbers.
         resampled: Inputs of any number of steps make sense: they are brought to that of the network.
         measured: Inputs are normalised with the statistics of the training data, not with fixed numbers.
         options: Fields of a recipe that say how this task augments and splits.
@@ -45,6 +45,7 @@ class Task:
     inputs: Inputs
     measured: bool
     options: FrozenSet[str]
+    sound: bool = False
     resampled: bool = False
 
 
@@ -100,7 +101,7 @@ def augment_waves(waves: torch.Tensor, recipe: Recipe, generator: torch.Generato
         return limit * (2 * torch.rand(count, 1, generator=generator) - 1)
 
     if recipe.time_shift or recipe.speed:
-        shift = (uniform(recipe.time_shift) * _RATE).round()
+        shift = (uniform(recipe.time_shift) * RATE).round()
         middle = (length - 1) / 2
         position = (torch.arange(length) - middle) * (1 + uniform(recipe.speed)) + middle - shift
         # linear interpolation, with a zero beyond each end
@@ -172,13 +173,17 @@ def _trajectories(raw: torch.Tensor, recipe: Optional[Recipe], generator: Option
 
 
 _WAVE_OPTIONS = frozenset({'time_shift', 'speed', 'gain', 'noise', 'val_percent'})
+_RAW_OPTIONS = _WAVE_OPTIONS | {'sample_rate'}
+_MFCC_OPTIONS = _WAVE_OPTIONS | {'time_mask', 'freq_mask', 'masks'}
 _MNIST = Task(load_mnist, _digits, False, frozenset({'augment', 'val_images'}))
 
 TASKS: Dict[str, Task] = {
     'smpconv_seq_mnist': _MNIST,
     'smpconv_seq_pmnist': _MNIST,
-    'smpconv_seq_speech': Task(load_speech, _mfcc_speech, True, _WAVE_OPTIONS | {'time_mask', 'freq_mask', 'masks'}),
-    'smpconv_seq_speech_raw': Task(load_speech, _raw_speech, False, _WAVE_OPTIONS | {'sample_rate'}, resampled=True),
+    'smpconv_seq_speech': Task(load_speech, _mfcc_speech, True, _MFCC_OPTIONS, sound=True),
+    'smpconv_seq_speech_raw': Task(
+        load_speech, _raw_speech, False, _WAVE_OPTIONS | {'sample_rate'}, sound=True, resampled=True
+    ),
     'smpconv_seq_chartraj': Task(load_character_trajectories, _trajectories, True, frozenset({'val_percent'})),
 }
 
@@ -247,8 +252,7 @@ def network_input(
     x = task.inputs(raw, recipe, generator)
     steps = cfg['input_size'][-1]
     if task.resampled and x.shape[-1] != steps:
-        # below the lower of the two limits nothing changes, above it nothing is left
-        x = torch.fft.irfft(torch.fft.rfft(x)[..., : steps // 2 + 1], n=steps) * (steps / x.shape[-1])
+        x = resample(x, steps)
     return normalize(x, cfg['mean'], cfg['std'])
 
 
