@@ -457,7 +457,7 @@ def test_validate_says_what_is_missing(capsys, tmp_path, data, checkpoint):
     (tmp_path / 'unicorn').rmdir()
     status, _, err = run(capsys, 'validate', '--model', 'smpconv_cifar', '--data', tmp_path)
     assert status == 2 and 'Found 0 images' in err
-    status, _, err = run(capsys, 'validate', '--model', 'smpconv_seq_cifar', '--data', data)  # there are no weights
+    status, _, err = run(capsys, 'validate', '--model', 'smpconv_seq_chartraj', '--data', data)  # there are no weights
     assert status == 2 and '--checkpoint-path' in err
     status, _, err = run(capsys, 'validate', '--model', 'smpconv_tiny', '--data', data, '--confusion', 'x.png')
     assert status == 2 and 'at most 40 classes' in err
