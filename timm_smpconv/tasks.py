@@ -181,9 +181,7 @@ TASKS: Dict[str, Task] = {
     'smpconv_seq_mnist': _MNIST,
     'smpconv_seq_pmnist': _MNIST,
     'smpconv_seq_speech': Task(load_speech, _mfcc_speech, True, _MFCC_OPTIONS, sound=True),
-    'smpconv_seq_speech_raw': Task(
-        load_speech, _raw_speech, False, _WAVE_OPTIONS | {'sample_rate'}, sound=True, resampled=True
-    ),
+    'smpconv_seq_speech_raw': Task(load_speech, _raw_speech, False, _RAW_OPTIONS, sound=True, resampled=True),
     'smpconv_seq_chartraj': Task(load_character_trajectories, _trajectories, True, frozenset({'val_percent'})),
 }
 

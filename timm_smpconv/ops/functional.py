@@ -6,7 +6,7 @@ reach are cut off first.
 
 import contextlib
 import importlib.util
-from typing import Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-def _toeplitz(*args) -> torch.Tensor:
+def _toeplitz(*args: Any) -> torch.Tensor:
     from . import toeplitz  # needs Triton, which not every build of torch comes with
 
     return toeplitz.correlate(*args)
