@@ -401,21 +401,31 @@ def test_long_kernels_keep_their_points():
 @given(
     size=st.integers(1, 1500),
     center=st.sampled_from([-1.5, -0.9, 0.0, 0.7, 0.99, 1.0, 1.5]),
+    spread=st.sampled_from([0.0, 1e-4, 0.05, 0.5]),
     radius=st.sampled_from([1e-4, 2e-3, 0.1, 1.0]),
     seed=st.integers(0, 999),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
 )
-def test_support_leaves_out_zeros_alone(size, center, radius, seed, dtype):
-    """The taps that are not rendered are exactly zero, the others the same."""
-    kernel = SMPKernel(2, 3, size, ndim=1, num_points=4, radius=radius)
+def test_support_leaves_out_zeros_alone(size, center, spread, radius, seed, dtype):
+    """The taps that are not rendered are exactly zero, the others and all gradients the same."""
+    kernel = SMPKernel(2, 3, size, ndim=1, num_points=4, radius=radius, causal=True)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        kernel.coords.copy_(center + 0.05 * torch.randn(3, 4, 1, generator=torch.Generator().manual_seed(seed)))
+        kernel.coords.copy_(center + spread * torch.randn(3, 4, 1, generator=generator))
+        kernel.radius_offset.copy_(radius * torch.rand(3, 4, generator=generator) / kernel.radius_lr_scale)
     kernel.to(dtype)
     full, part = kernel(), kernel.for_convolution()
     skipped = size - part.shape[2]
     assert skipped >= 0 and part.shape[:2] == full.shape[:2]
     assert (full[..., :skipped] == 0).all()
     assert relative_error(part, full[..., skipped:]) <= (1e-2 if dtype == torch.bfloat16 else 1e-6)
+    direction = torch.randn(part.shape, generator=generator, dtype=torch.float64).to(dtype)
+    parameters = list(kernel.parameters())
+    for wanted, given_ in zip(
+        torch.autograd.grad(full[..., skipped:], parameters, direction),
+        torch.autograd.grad(part, parameters, direction),
+    ):
+        assert relative_error(given_, wanted) <= (1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_set_radius():

@@ -10,7 +10,8 @@ from .cache import ValueCache
 
 __all__ = ['SMPKernel']
 
-_SUPPORT_STEP = 32
+_SUPPORT_STEP = 32  # taps by which rendered causal kernels differ in length
+_MIN_SPARSITY = 8  # taps for one that a point reaches, from which they are better looked up
 
 
 def _check_positive(name: str, value: float) -> None:
@@ -227,35 +228,71 @@ class SMPKernel(nn.Module):
         # one tap more than computed, against rounding, and few different numbers, as each is planned anew by an FFT
         needed = min(max((1.0 - first) / 2.0 * (taps - 1), 0.0), taps) + 2.0
         needed = math.ceil(needed / _SUPPORT_STEP) * _SUPPORT_STEP
-        return self._render_full_precision(self.kernel_size, skip=max(taps - needed, 0))
+        skip = max(taps - needed, 0)
+        # reached taps span two radii, that is radius * (taps - 1) steps; two more at each end, against rounding
+        width = int(self.radius.detach().max().item() * (taps - 1)) + 5
+        return self._render_full_precision(self.kernel_size, skip, width if width < needed // _MIN_SPARSITY else 0)
 
     @torch.jit.unused
-    def _render_full_precision(self, size: List[int], skip: int = 0) -> torch.Tensor:
+    def _render_full_precision(self, size: List[int], skip: int = 0, width: int = 0) -> torch.Tensor:
         if self.weights.is_meta:  # has no autocast
-            return self._render(size, skip)
+            return self._render(size)
         # reduced precision would move the points of a long kernel by whole taps
         with torch.autocast(self.weights.device.type, enabled=False):
-            return self._render(size, skip)
+            return self._render(size, skip, width)
 
-    def _render(self, size: List[int], skip: int = 0) -> torch.Tensor:
+    def _render(self, size: List[int], skip: int = 0, width: int = 0) -> torch.Tensor:
+        """Renders a kernel, in 1D without its first `skip` taps and, if `width` > 0, from that many taps a point."""
         dtype = self.weights.dtype
         compute = torch.float32 if dtype == torch.float16 or dtype == torch.bfloat16 else dtype
         coords, weights = self.coords.to(compute), self.weights.to(compute)
         # one |x_d - p_d| a dimension, in the order of the kernel's axes
         x = torch.linspace(-1.0, 1.0, size[-1], dtype=torch.float32, device=coords.device)[skip:].to(compute)
-        distance = (coords[:, :, 0:1] - x).abs()  # G, N, kw
-        if self.ndim == 2:
-            y = torch.linspace(-1.0, 1.0, size[0], dtype=torch.float32, device=coords.device).to(compute).flip(0)
-            distance = distance.unsqueeze(2) + (coords[:, :, 1:2] - y).abs().unsqueeze(3)  # G, N, kh, kw
-        distance = distance.flatten(2)
-        reach = torch.relu(1.0 - distance / self.radius.to(compute).unsqueeze(2))  # g(x, p_i, r_i): G, N, K
-        if self.normalize:
-            reach = reach / ((reach != 0).sum(1, keepdim=True) + 1e-6)
+        radius = self.radius.to(compute).unsqueeze(2)
+        if width > 0:
+            reach = self._reach_of_few_taps(coords, radius, x, skip, width)
+        else:
+            distance = (coords[:, :, 0:1] - x).abs()  # G, N, kw
+            if self.ndim == 2:
+                y = torch.linspace(-1.0, 1.0, size[0], dtype=torch.float32, device=coords.device).to(compute).flip(0)
+                distance = distance.unsqueeze(2) + (coords[:, :, 1:2] - y).abs().unsqueeze(3)  # G, N, kh, kw
+            reach = torch.relu(1.0 - distance.flatten(2) / radius)  # g(x, p_i, r_i): G, N, K
+            if self.normalize:
+                reach = reach / ((reach != 0).sum(1, keepdim=True) + 1e-6)
         if self.shared_points:
             kernel = weights.flatten(0, 1) @ reach[0]
         else:
             kernel = torch.bmm(weights, reach)
         return kernel.to(dtype).reshape([self.out_chs, self.in_chs] + size[:-1] + [size[-1] - skip])
+
+    @torch.jit.unused
+    def _reach_of_few_taps(
+        self, coords: torch.Tensor, radius: torch.Tensor, x: torch.Tensor, skip: int, width: int
+    ) -> torch.Tensor:
+        """What _render computes at all taps (1D), computed only at those near each point; the others are zero.
+
+        Args:
+            coords: Coordinates, (G, N, 1).
+            radius: Radii, (G, N, 1).
+            x: Coordinates of the taps, (K,).
+            skip: Taps before the first one in x.
+            width: Taps to look at for each point.
+
+        Returns:
+            Reach of each point at each tap, (G, N, K).
+        """
+        groups, points, taps = coords.shape[0], coords.shape[1], x.shape[0]
+        first = ((coords - radius).detach() + 1.0) / 2.0 * (skip + taps - 1)
+        index = first.floor().long() - 1 - skip + torch.arange(width, device=x.device)  # G, N, width
+        inside = (index >= 0) & (index < taps)
+        index = index.clamp(0, taps - 1)
+        reach = torch.relu(1.0 - (coords - x[index]).abs() / radius) * inside
+        if self.normalize:
+            flat = index.flatten(1)
+            count = torch.zeros(groups, taps, dtype=x.dtype, device=x.device)
+            count.scatter_add_(1, flat, (reach != 0).to(x.dtype).flatten(1))
+            reach = reach / (count.gather(1, flat).reshape(index.shape) + 1e-6)
+        return torch.zeros(groups, points, taps, dtype=x.dtype, device=x.device).scatter_add_(2, index, reach)
 
     @torch.jit.unused
     def _check_size(self, size: List[int]) -> None:

@@ -50,8 +50,17 @@ def correlate(
 
 
 def fast_len(n: int) -> int:
-    """Smallest even length >= n with no prime factor above 7: real transforms of such lengths are fast."""
-    n += n % 2
+    """A length >= n whose real transform is fast: even and without prime factors above 7.
+
+    Multiples of four take some 15 % less time a point than others: one that is near is preferred.
+    """
+    even, four = _smooth_multiple(n, 2), _smooth_multiple(n, 4)
+    return four if four <= 1.1 * even else even
+
+
+def _smooth_multiple(n: int, factor: int) -> int:
+    """Smallest multiple of a factor that is >= n and has no prime factor above 7."""
+    n += -n % factor
     while True:
         rest = n
         for p in (2, 3, 5, 7):
@@ -59,26 +68,28 @@ def fast_len(n: int) -> int:
                 rest //= p
         if rest == 1:
             return n
-        n += 2
+        n += factor
 
 
 def _correlate(
     x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, List[int]]:
-    """Output, spectra of input and kernel, and the cyclic lengths."""
+    """Output, spectrum of the input, conjugate spectrum of the kernel, and the cyclic lengths."""
     shape = x.shape[2:]
     # lengths for which no wrapped entry meets an output that is kept
     size = [fast_len(n + max(p, k - 1 - p)) for n, k, p in zip(shape, weight.shape[2:], left)]
-    x_f, w_f = _transform(x, size, depthwise), _transform(weight, size, depthwise)
-    y_f = x_f * w_f[:, 0].conj() if depthwise else torch.bmm(x_f, w_f.mH)
-    return _window(_inverse(y_f, size, depthwise), [-p for p in left], shape), x_f, w_f, size
+    x_f, w_c = _transform(x, size, depthwise), _transform(weight, size, depthwise, conj=True)
+    y_f = x_f * w_c[:, 0] if depthwise else torch.bmm(x_f, w_c.mT)
+    return _window(_inverse(y_f, size, depthwise), [-p for p in left], shape), x_f, w_c, size
 
 
 class _Correlate(torch.autograd.Function):
+    # products with a conjugated factor (bmm of .mH) take up to twice as long: conjugates are made on the way
+
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool):
-        y, x_f, w_f, size = _correlate(x, weight, left, depthwise)
-        ctx.save_for_backward(x_f if ctx.needs_input_grad[1] else None, w_f if ctx.needs_input_grad[0] else None)
+        y, x_f, w_c, size = _correlate(x, weight, left, depthwise)
+        ctx.save_for_backward(x_f if ctx.needs_input_grad[1] else None, w_c if ctx.needs_input_grad[0] else None)
         ctx.config = x.shape[2:], weight.shape[2:], size, left, depthwise
         return y
 
@@ -86,28 +97,30 @@ class _Correlate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         shape, taps, size, left, depthwise = ctx.config
-        x_f, w_f = ctx.saved_tensors
-        grad_f = _transform(grad, size, depthwise)
+        x_f, w_c = ctx.saved_tensors
+        grad_c = _transform(grad, size, depthwise, conj=True)
         grad_x = grad_w = None
-        if w_f is not None:  # dx[s] = sum_k w[k] dy[s - k + left]
-            spectrum = grad_f * w_f[:, 0] if depthwise else torch.bmm(grad_f, w_f)
+        if w_c is not None:  # dx[s] = sum_k w[k] dy[s - k + left]
+            spectrum = (grad_c * w_c[:, 0] if depthwise else torch.bmm(grad_c, w_c)).conj()
             grad_x = _window(_inverse(spectrum, size, depthwise), left, shape)
         if x_f is not None:  # dw[k] = sum_t dy[t] x[t + k - left]
-            spectrum = (grad_f.conj() * x_f).sum(0).unsqueeze(1) if depthwise else torch.bmm(grad_f.mH, x_f)
+            spectrum = (grad_c * x_f).sum(0).unsqueeze(1) if depthwise else torch.bmm(grad_c.mT, x_f)
             grad_w = _window(_inverse(spectrum, size, depthwise), [-p for p in left], taps)
         return grad_x, grad_w, None, None
 
 
-def _transform(x: torch.Tensor, size: List[int], depthwise: bool) -> torch.Tensor:
+def _transform(x: torch.Tensor, size: List[int], depthwise: bool, conj: bool = False) -> torch.Tensor:
     """(A, B, *spatial) -> spectrum (A, B, *bins), or (bins, A, B) for the matrix products of a dense convolution."""
     spectrum = torch.fft.rfftn(x, s=size, dim=list(range(2, x.ndim)))
-    return spectrum if depthwise else spectrum.flatten(2).permute(2, 0, 1).contiguous()
+    if conj:
+        spectrum = spectrum.conj()
+    return spectrum.resolve_conj() if depthwise else spectrum.flatten(2).permute(2, 0, 1).contiguous()
 
 
 def _inverse(spectrum: torch.Tensor, size: List[int], depthwise: bool) -> torch.Tensor:
     """Inverse of _transform: (A, B, *size)."""
-    if not depthwise:
-        spectrum = spectrum.permute(1, 2, 0).contiguous().unflatten(2, size[:-1] + [size[-1] // 2 + 1])
+    if not depthwise:  # a view: the transform reads it in place
+        spectrum = spectrum.permute(1, 2, 0).unflatten(2, size[:-1] + [size[-1] // 2 + 1])
     return torch.fft.irfftn(spectrum, s=size, dim=list(range(2, spectrum.ndim)))
 
 
