@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from synth import randomize_norms, relative_error
 from torch import nn
 
-from timm_smpconv.layers import RepSMPConv1d, RepSMPConv2d, SMPConv1d, SMPConv2d
+from timm_smpconv import ops
+from timm_smpconv.layers import CausalConv1d, RepSMPConv1d, RepSMPConv2d, SMPConv1d, SMPConv2d
 
 
 def spread(module):
@@ -51,6 +52,24 @@ def test_conv1d_is_causal(taps, length, bias, center):
     upstream = torch.randn_like(wanted)
     for a, b in zip(torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(wanted, inputs, upstream)):
         assert (a - b).abs().max() <= 1e-9 * b.abs().max().clamp_min(1.0)
+
+
+@pytest.mark.parametrize('zeros', [0, 1, 150, 299, 300])
+def test_deployed_conv1d_leaves_out_leading_zeros(monkeypatch, zeros):
+    """In inference the taps that no point reached cost nothing; the sum is the same, also after a change in place."""
+    taps = []
+    real = ops.causal_conv1d
+    monkeypatch.setattr(ops, 'causal_conv1d', lambda x, w, b: taps.append(w.shape[2]) or real(x, w, b))
+    conv = CausalConv1d(2, 3, 300, dtype=torch.float64)
+    x = torch.randn(2, 2, 400, dtype=torch.float64)
+    with torch.no_grad():
+        conv.weight[..., :zeros] = 0
+        wanted = F.conv1d(F.pad(x, (299, 0)), conv.weight, conv.bias)
+        assert relative_error(conv(x), wanted) <= 1e-12
+        conv.weight[1, 0, 0] = 1.0
+        conv(x)
+    conv(x)  # gradients of all taps
+    assert taps == [300 - zeros if zeros < 300 else 300, 300, 300]
 
 
 @pytest.mark.parametrize(

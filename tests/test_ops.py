@@ -8,6 +8,7 @@ from synth import relative_error
 from torch import nn
 
 from timm_smpconv import ops
+from timm_smpconv.ops import fft, reference
 
 BACKENDS = ops.available_backends()
 OTHERS = [backend for backend in BACKENDS if backend != 'reference']
@@ -334,6 +335,42 @@ def test_documented_rule(in_chs, out_chs, size, taps, infer, train, infer_one, t
                 last = x.detach().to(memory_format=torch.channels_last).requires_grad_(grad)
                 reordered = 'direct' if taps == (31, 31) and not grad else 'fft'
                 assert ops.choose_backend(last, weight, left, True) == reordered
+
+
+# docs/backends.md: batch, steps, taps, then the parts in which 30 channels are transformed
+PARTS = [
+    (64, 784, 288, 1),
+    (8, 784, 288, 2),
+    (1, 784, 784, 4),
+    (16, 16000, 5500, 1),
+    (8, 16000, 5500, 2),
+    (8, 16000, 16000, 1),
+    (1, 16000, 16000, 4),
+]
+
+
+@pytest.mark.parametrize('batch, length, taps, parts', PARTS)
+def test_documented_parts(batch, length, taps, parts):
+    assert fft.count_parts(batch, 30, 30, length, taps) == parts
+
+
+@given(
+    parts=st.integers(1, 16),
+    length=st.integers(1, 60),
+    taps=st.integers(1, 70),
+    channels=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    batch=st.integers(1, 3),
+    data=st.data(),
+)
+def test_any_number_of_parts(parts, length, taps, channels, batch, data):
+    """More parts than steps, parts shorter than the kernel: always the same sums and gradients."""
+    left = (data.draw(st.integers(0, taps - 1)),)
+    x, weight, _ = make_case('causal', batch, *channels, (length,), (taps,), bias=False)
+    wanted = with_gradients(lambda x, weight: reference.correlate(x, weight, None, left, False), (x, weight))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fft, 'count_parts', lambda *args: parts)
+        got = with_gradients(lambda x, weight: fft.correlate(x, weight, None, left, False), (x, weight))
+    assert all(close(a, b, 1e-11) for a, b in zip(got, wanted))
 
 
 @given(n=st.integers(1, 12), k=st.integers(1, 30), data=st.data())

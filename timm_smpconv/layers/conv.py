@@ -7,9 +7,12 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from .. import ops
+from .cache import ValueCache
 from .kernel import SMPKernel
 
 __all__ = ['CausalConv1d', 'LargeConv2d', 'SMPConv1d', 'SMPConv2d']
+
+_LONG = 64  # taps from which it pays to look for zeros
 
 
 @register_notrace_module
@@ -68,7 +71,18 @@ class CausalConv1d(nn.Conv1d):
         super().__init__(in_chs, out_chs, kernel_size, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.causal_conv1d(x, self.weight, self.bias)
+        if torch.jit.is_scripting():
+            return ops.causal_conv1d(x, self.weight, self.bias)
+        return ops.causal_conv1d(x, self._reached_taps(), self.bias)
+
+    @torch.jit.unused
+    def _reached_taps(self) -> torch.Tensor:
+        """The weight, in inference without the leading taps that no point reached when it was rendered."""
+        weight = self.weight
+        if weight.shape[2] < _LONG or torch.is_grad_enabled() or not ValueCache.usable((weight,)):
+            return weight
+        reached = weight.abs().amax((0, 1)) != 0
+        return weight[..., int(reached.to(torch.uint8).argmax()) :]
 
 
 @register_notrace_module

@@ -4,14 +4,15 @@ Exact up to rounding for any kernel, at a cost that hardly depends on the number
 transformed in float32. First derivatives only: a second backward pass raises.
 """
 
-from typing import List, Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from . import direct
 
-__all__ = ['correlate', 'fast_len']
+__all__ = ['correlate', 'count_parts', 'fast_len']
 
 
 def correlate(
@@ -36,11 +37,7 @@ def correlate(
     if x.shape[0] == 0:  # nothing to transform, which the oldest supported torch refuses
         return direct.correlate(x, weight, bias, left, depthwise)
     compute = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    args = x.to(compute), weight.to(compute), left, depthwise
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        y = _Correlate.apply(*args)
-    else:
-        y = _correlate(*args)[0]
+    y = _correlate_in_parts(x.to(compute), weight.to(compute), left, depthwise)
     if bias is not None:
         y = y + bias.to(compute).reshape(1, -1, *[1] * (y.ndim - 2))
     y = y.to(x.dtype)
@@ -71,24 +68,70 @@ def _smooth_multiple(n: int, factor: int) -> int:
         n += factor
 
 
+def count_parts(batch: int, in_chs: int, out_chs: int, length: int, taps: int) -> int:
+    """Number of parts in which a long sequence is best convolved with a dense kernel.
+
+    A part of S outputs needs transforms of S + taps - 1 points. Parts cost more transforms of the sequences, but
+    shorten those of the out_chs x in_chs kernels, which outnumber the sequences of a small batch.
+
+    Args:
+        batch: Sequences.
+        in_chs: Input channels.
+        out_chs: Output channels.
+        length: Steps of a sequence.
+        taps: Taps of the kernel.
+    """
+
+    def cost(parts: int) -> float:
+        points = fast_len(-(-length // parts) + taps - 1)
+        # a part is also a copy: worth it for a tenth
+        return points * (batch * parts * (in_chs + out_chs) + out_chs * in_chs) * (1.1 if parts > 1 else 1.0)
+
+    return min(range(1, 17), key=cost)
+
+
+def _correlate_in_parts(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool) -> torch.Tensor:
+    parts = 1
+    if x.ndim == 3 and not depthwise:
+        parts = count_parts(x.shape[0], x.shape[1], weight.shape[0], x.shape[2], weight.shape[2])
+    if parts == 1:
+        return _apply(x, weight, left, x.shape[2:], depthwise)
+    length, taps = x.shape[2], weight.shape[2]
+    outputs = -(-length // parts)
+    x = F.pad(x, (left[0], parts * outputs + taps - 1 - left[0] - length))
+    x = torch.stack([x.narrow(2, i * outputs, outputs + taps - 1) for i in range(parts)], 1)
+    y = _apply(x.flatten(0, 1), weight, (0,), (outputs,), depthwise)
+    return y.unflatten(0, (-1, parts)).transpose(1, 2).flatten(2)[..., :length]
+
+
+def _apply(
+    x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], outputs: Sequence[int], depthwise: bool
+) -> torch.Tensor:
+    """The first outputs, as many as given for each spatial dimension, of a correlation with `left` zeros before x."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _Correlate.apply(x, weight, left, outputs, depthwise)
+    return _correlate(x, weight, left, outputs, depthwise)[0]
+
+
 def _correlate(
-    x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool
+    x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], outputs: Sequence[int], depthwise: bool
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, List[int]]:
     """Output, spectrum of the input, conjugate spectrum of the kernel, and the cyclic lengths."""
-    shape = x.shape[2:]
     # lengths for which no wrapped entry meets an output that is kept
-    size = [fast_len(n + max(p, k - 1 - p)) for n, k, p in zip(shape, weight.shape[2:], left)]
+    size = [fast_len(max(n + p, m + k - 1 - p)) for n, m, k, p in zip(x.shape[2:], outputs, weight.shape[2:], left)]
     x_f, w_c = _transform(x, size, depthwise), _transform(weight, size, depthwise, conj=True)
     y_f = x_f * w_c[:, 0] if depthwise else torch.bmm(x_f, w_c.mT)
-    return _window(_inverse(y_f, size, depthwise), [-p for p in left], shape), x_f, w_c, size
+    return _window(_inverse(y_f, size, depthwise), [-p for p in left], outputs), x_f, w_c, size
 
 
 class _Correlate(torch.autograd.Function):
     # products with a conjugated factor (bmm of .mH) take up to twice as long: conjugates are made on the way
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool):
-        y, x_f, w_c, size = _correlate(x, weight, left, depthwise)
+    def forward(
+        ctx, x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], outputs: Sequence[int], depthwise: bool
+    ):
+        y, x_f, w_c, size = _correlate(x, weight, left, outputs, depthwise)
         ctx.save_for_backward(x_f if ctx.needs_input_grad[1] else None, w_c if ctx.needs_input_grad[0] else None)
         ctx.config = x.shape[2:], weight.shape[2:], size, left, depthwise
         return y
@@ -106,7 +149,7 @@ class _Correlate(torch.autograd.Function):
         if x_f is not None:  # dw[k] = sum_t dy[t] x[t + k - left]
             spectrum = (grad_c * x_f).sum(0).unsqueeze(1) if depthwise else torch.bmm(grad_c.mT, x_f)
             grad_w = _window(_inverse(spectrum, size, depthwise), [-p for p in left], taps)
-        return grad_x, grad_w, None, None
+        return grad_x, grad_w, None, None, None
 
 
 def _transform(x: torch.Tensor, size: List[int], depthwise: bool, conj: bool = False) -> torch.Tensor:
@@ -124,7 +167,7 @@ def _inverse(spectrum: torch.Tensor, size: List[int], depthwise: bool) -> torch.
     return torch.fft.irfftn(spectrum, s=size, dim=list(range(2, spectrum.ndim)))
 
 
-def _window(x: torch.Tensor, start: List[int], length: List[int]) -> torch.Tensor:
+def _window(x: torch.Tensor, start: Sequence[int], length: Sequence[int]) -> torch.Tensor:
     """Entries start ... start + length - 1 of a periodic signal in each spatial dimension; start may be negative."""
     for dim, (s, n) in enumerate(zip(start, length), start=2):
         if s < 0:
