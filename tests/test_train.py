@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import yaml
 from datasets import write_mnist, write_speech, write_trajectories
+from hypothesis import given, strategies as st
 from safetensors.torch import load_file
 
 from timm_smpconv import train as module
@@ -22,6 +24,7 @@ from timm_smpconv._files import read_metadata, save_tensors
 from timm_smpconv.catalog import model_names
 from timm_smpconv.checkpoint import CheckpointError
 from timm_smpconv.data import load_mnist, load_speech
+from timm_smpconv.models.smpconv_seq import change_rate
 from timm_smpconv.predict import load_model
 from timm_smpconv.recipe import Recipe, read_recipe, recipe_text
 from timm_smpconv.tasks import (
@@ -179,11 +182,51 @@ def test_raw_speech_at_a_lower_rate(data_dir, tmp_path):
     accuracy = (evaluate(model, held, task, progress=False) == held.labels).float().mean().item()
     assert float(_log(tmp_path / 'low')[0]['val_accuracy']) == pytest.approx(accuracy, abs=1e-5)
 
-    high = dict(sample_rate=0, lr=0.0, min_lr=0.0, model_ema_decay=0.0, initial_checkpoint=str(path))
-    recipe = dataclasses.replace(recipe, **high, model_kwargs=dict(kwargs, kernel_size=1600, radius=0.02))
-    again = train(recipe, data_dir, tmp_path / 'high', progress=False)
+    high = dict(sample_rate=4000, lr=0.0, min_lr=0.0, model_ema_decay=0.0, initial_checkpoint=str(path))
+    high['model_kwargs'] = dict(kwargs, kernel_size=400, radius=0.02, small_kernel_size=17)
+    recipe = dataclasses.replace(recipe, **high)
+    with pytest.raises(CheckpointError, match='small'):
+        train(recipe, data_dir, tmp_path / 'high', progress=False)
+    recipe = dataclasses.replace(recipe, initial_sample_rate=1000)
+    again = train(recipe, data_dir, tmp_path / 'higher', progress=False)
     before, after = load_file(path), load_file(again)
-    assert all(torch.equal(before[key], after[key]) for key in before if 'kernel' in key or 'small.' in key)
+    for key, value in before.items():
+        if 'kernel' in key:
+            assert torch.equal(value, after[key])
+        elif 'small.' in key:
+            assert after[key].shape[2] == 17 and torch.equal(value, after[key][..., ::4])
+
+
+def test_weights_at_four_times_the_rate():
+    """Sequences of the same duration, with four times the steps, come to similar features; less so without the change."""
+    torch.manual_seed(0)
+    kwargs = dict(dim=8, depth=2, num_classes=0, global_pool='')
+    low = timm.create_model('smpconv_seq_speech_raw', kernel_size=100, radius=0.1, small_kernel_size=2, **kwargs)
+    high = timm.create_model('smpconv_seq_speech_raw', kernel_size=397, radius=0.1, small_kernel_size=5, **kwargs)
+    time = torch.linspace(0, 1, 1997)
+    x = sum(torch.sin(2 * torch.pi * (pitch * time + torch.rand(16, 1, 1))) for pitch in (5, 30, 60))
+    x = x * torch.sin(torch.pi * time) ** 2
+    wanted = low(x[..., ::4])  # in training mode: the norms adapt
+    padded = {k: F.pad(v, (3, 0)) if k.endswith('small.weight') else v for k, v in low.state_dict().items()}
+    errors = []
+    for weights in (change_rate(low.state_dict(), high, 4.0), padded):
+        high.load_state_dict(weights)
+        errors.append(((high(x)[..., ::4] - wanted).norm() / wanted.norm()).item())
+    assert errors[0] < 0.25 and errors[0] < 0.7 * errors[1]
+
+
+@given(taps=st.integers(1, 9), new=st.integers(1, 9), ratio=st.sampled_from([0.25, 1.0, 4.0]))
+def test_small_kernels_at_another_rate(taps, new, ratio):
+    """Same values at taps of the same age, those between on a straight line, zero beyond the first."""
+    model = timm.create_model('smpconv_seq_mnist', dim=1, depth=1, small_kernel_size=new)
+    key = 'stages.0.conv1.small.weight'
+    old = torch.arange(1.0, taps + 1)  # the line that ends at the present, age 0, with the value `taps`
+    found = change_rate({key: old.reshape(1, 1, -1), 'head.fc.bias': old}, model, ratio)
+    for tap, value in enumerate(found[key].flatten().tolist()):
+        age = (new - 1 - tap) / ratio
+        inside, beyond = taps - age, max(taps - age, 0.0)  # old[0] is 1: from there it falls to 0 within a tap
+        assert value == pytest.approx(inside if age <= taps - 1 else beyond)
+    assert found['head.fc.bias'] is old
 
 
 def test_lower_rate_is_the_same_sound():

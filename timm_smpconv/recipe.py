@@ -40,6 +40,7 @@ class Recipe:
         noise: Speech: add white noise of up to this standard deviation, where 1 is full scale.
         sample_rate: Raw speech: samples per second that the network gets, 0 for its own; kernel_size and radius of
             `model_kwargs` have to fit.
+        initial_sample_rate: Raw speech: samples per second of the network in `initial_checkpoint`, 0 for the same.
         time_mask: Speech as MFCC: widest mask over frames.
         freq_mask: Speech as MFCC: widest mask over mel bands.
         masks: Speech as MFCC: masks of each kind.
@@ -73,6 +74,7 @@ class Recipe:
     gain: float = 0.0
     noise: float = 0.0
     sample_rate: int = 0
+    initial_sample_rate: int = 0
     time_mask: int = 0
     freq_mask: int = 0
     masks: int = 1
@@ -89,6 +91,7 @@ class Recipe:
             ('model_ema_decay', 0, 1),
             ('speed', 0, 0.9),
             ('sample_rate', 0, 16000),
+            ('initial_sample_rate', 0, 16000),
             ('masks', 0, None),
             ('val_images', 0, None),
             ('val_percent', 0, 99),
@@ -99,6 +102,8 @@ class Recipe:
                 raise ValueError(f'{name} must be {limits}, got {value!r}.')
         if self.pretrained and self.initial_checkpoint:
             raise ValueError('pretrained and initial_checkpoint both say where to start: give one of them.')
+        if self.initial_sample_rate and not self.initial_checkpoint:
+            raise ValueError('initial_sample_rate is that of the network in initial_checkpoint: give that too.')
 
 
 def read_recipe(path: Path) -> Dict[str, Any]:

@@ -173,7 +173,7 @@ def _trajectories(raw: torch.Tensor, recipe: Optional[Recipe], generator: Option
 
 
 _WAVE_OPTIONS = frozenset({'time_shift', 'speed', 'gain', 'noise', 'val_percent'})
-_RAW_OPTIONS = _WAVE_OPTIONS | {'sample_rate'}
+_RAW_OPTIONS = _WAVE_OPTIONS | {'sample_rate', 'initial_sample_rate'}
 _MFCC_OPTIONS = _WAVE_OPTIONS | {'time_mask', 'freq_mask', 'masks'}
 _MNIST = Task(load_mnist, _digits, False, frozenset({'augment', 'val_images'}))
 

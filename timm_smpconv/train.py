@@ -24,9 +24,12 @@ from torch import nn
 from tqdm import tqdm
 
 from ._files import atomic_path, save_tensors, write_text
+from .audio import RATE
 from .checkpoint import fit_checkpoint, read_checkpoint
 from .convert import write_config
 from .data import Samples
+from .models._checkpoint import unwrap_checkpoint
+from .models.smpconv_seq import change_rate
 from .predict import carried_statistics
 from .recipe import Recipe, read_recipe, recipe_text
 from .tasks import TASKS, Task, channel_statistics, network_input, split
@@ -127,7 +130,11 @@ class _Run:
         measured = task.measured and not recipe.pretrained  # weights that are there are used to their own statistics
         if recipe.initial_checkpoint and not resumed:
             path = Path(recipe.initial_checkpoint)
-            self.model.load_state_dict(fit_checkpoint(read_checkpoint(path), self.model, str(path)))
+            checkpoint = read_checkpoint(path)
+            if recipe.initial_sample_rate:
+                ratio = (recipe.sample_rate or RATE) / recipe.initial_sample_rate
+                checkpoint = change_rate(unwrap_checkpoint(checkpoint), self.model, ratio)
+            self.model.load_state_dict(fit_checkpoint(checkpoint, self.model, str(path)))
             carried = carried_statistics(path)
             cfg.update(carried)
             measured = measured and not carried

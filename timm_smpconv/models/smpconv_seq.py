@@ -265,6 +265,29 @@ def convert_checkpoint(state_dict: Dict[str, Any], model: SMPConvSeq) -> Dict[st
     return state_dict
 
 
+def change_rate(state_dict: Dict[str, torch.Tensor], model: SMPConvSeq, ratio: float) -> Dict[str, torch.Tensor]:
+    """Carries weights over to sequences of the same duration with more or fewer steps.
+
+    Points need no change, their kernels are functions of time. The small kernels are sampled anew: a straight line
+    between taps, zero beyond the first. The norms' statistics are left to training, which finds them in a few steps.
+
+    Args:
+        state_dict: Weights in this package's layout, with small kernels of any number of taps.
+        model: Network they are for, whose number of taps they get.
+        ratio: Steps of the new sequences for one of the old.
+    """
+    wanted = {key: value.shape for key, value in model.state_dict().items()}
+    changed = dict(state_dict)
+    for key, weight in state_dict.items():
+        if key.endswith('.small.weight') and key in wanted:
+            age = torch.arange(wanted[key][2] - 1, -1, -1, dtype=torch.float64) / ratio  # old steps before the present
+            taps = weight.shape[2]
+            old = torch.arange(taps - 1, -1, -1, dtype=torch.float64)
+            share = torch.relu(1.0 - (age - old.unsqueeze(1)).abs())  # old taps, new taps
+            changed[key] = (weight.double() @ share).to(weight.dtype)
+    return changed
+
+
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: SMPConvSeq) -> Dict[str, torch.Tensor]:
     """Accepts this package's layout and the reference layout, for any number of input channels."""
     return adapt_input_channels(convert_checkpoint(state_dict, model), model.in_chans, _FIRST_LAYER)
