@@ -198,7 +198,7 @@ def test_raw_speech_at_a_lower_rate(data_dir, tmp_path):
 
 
 def test_weights_at_four_times_the_rate():
-    """Sequences of the same duration, with four times the steps, come to similar features; less so without the change."""
+    """Sequences of four times the steps in the same time come to similar features, and less so without the change."""
     torch.manual_seed(0)
     kwargs = dict(dim=8, depth=2, num_classes=0, global_pool='')
     low = timm.create_model('smpconv_seq_speech_raw', kernel_size=100, radius=0.1, small_kernel_size=2, **kwargs)
