@@ -141,13 +141,13 @@ class _Correlate(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor):
         shape, taps, size, left, depthwise = ctx.config
         x_f, w_c = ctx.saved_tensors
-        grad_c = _transform(grad, size, depthwise, conj=True)
+        grad_f = _transform(grad, size, depthwise, conj=not depthwise)  # conjugate for the matrix products
         grad_x = grad_w = None
         if w_c is not None:  # dx[s] = sum_k w[k] dy[s - k + left]
-            spectrum = (grad_c * w_c[:, 0] if depthwise else torch.bmm(grad_c, w_c)).conj()
+            spectrum = grad_f * w_c[:, 0].conj() if depthwise else torch.bmm(grad_f, w_c).conj()
             grad_x = _window(_inverse(spectrum, size, depthwise), left, shape)
         if x_f is not None:  # dw[k] = sum_t dy[t] x[t + k - left]
-            spectrum = (grad_c * x_f).sum(0).unsqueeze(1) if depthwise else torch.bmm(grad_c.mT, x_f)
+            spectrum = (grad_f.conj() * x_f).sum(0).unsqueeze(1) if depthwise else torch.bmm(grad_f.mT, x_f)
             grad_w = _window(_inverse(spectrum, size, depthwise), [-p for p in left], taps)
         return grad_x, grad_w, None, None, None
 
