@@ -81,7 +81,7 @@ class CausalConv1d(nn.Conv1d):
         weight = self.weight
         if weight.shape[2] < _LONG or torch.is_grad_enabled() or not ValueCache.usable((weight,)):
             return weight
-        reached = weight.abs().amax((0, 1)) != 0
+        reached = (weight.amax((0, 1)) != 0) | (weight.amin((0, 1)) != 0)  # several times faster than abs or any
         return weight[..., int(reached.to(torch.uint8).argmax()) :]
 
 
