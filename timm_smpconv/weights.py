@@ -146,7 +146,19 @@ WEIGHTS: Dict[str, Weights] = {
         logits=(-1.0165, -1.1574, 1.5686, -0.993, 0.1476, -2.0305, -2.3988, -0.33, 0.6716, -1.6087),
     ),
     'smpconv_seq_speech_raw.sc_raw': Weights(
-        'Speech Commands, raw audio', 94.95, authors_file='15OWR-ZZIVu12pTtdCU1Dyv87yxwIhRlu'
+        'Speech Commands, raw audio',
+        94.95,
+        bundled='smpconv_seq_speech_raw.sc_raw.safetensors',
+        authors_file='15OWR-ZZIVu12pTtdCU1Dyv87yxwIhRlu',
+        size=1551280,
+        sha256='e688b5703af337ec17b8074da2f3e53c8de620d654a418e1976a99dbc7d38894',
+        correct=945,
+        tested=1616,
+        test_data='recordings of the ten words by speakers that were not trained on, half of the official test split',
+        note='Trained on 2,458 recordings, the other half of that split, for 34 epochs at a fourth of the sample rate '
+        'and one at the full rate, two hours on one and two CPU cores, and still learning; the paper has 34,975 '
+        'recordings and 160 epochs: not comparable.',
+        logits=(-1.4157, -0.0217, -2.9926, 2.5377, -1.8497, -2.2636, -0.3846, -4.8605, -3.212, -2.259),
     ),
 }
 
