@@ -81,13 +81,15 @@ def count_parts(batch: int, in_chs: int, out_chs: int, length: int, taps: int) -
         length: Steps of a sequence.
         taps: Taps of the kernel.
     """
-
-    def cost(parts: int) -> float:
+    best, least = 1, float('inf')
+    for parts in range(1, 17):  # spelled out: torch.compile of the oldest supported torch knows no min(key=...)
         points = fast_len(-(-length // parts) + taps - 1)
-        # a part is also a copy: worth it for a tenth
-        return points * (batch * parts * (in_chs + out_chs) + out_chs * in_chs) * (1.1 if parts > 1 else 1.0)
-
-    return min(range(1, 17), key=cost)
+        cost = points * (batch * parts * (in_chs + out_chs) + out_chs * in_chs)
+        if parts > 1:
+            cost *= 1.1  # a part is also a copy: worth it for a tenth
+        if cost < least:
+            best, least = parts, cost
+    return best
 
 
 def _correlate_in_parts(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool) -> torch.Tensor:
