@@ -236,7 +236,7 @@ class SMPKernel(nn.Module):
     @torch.jit.unused
     def _render_full_precision(self, size: List[int], skip: int = 0, width: int = 0) -> torch.Tensor:
         if self.weights.is_meta:  # has no autocast
-            return self._render(size)
+            return self._render(size, skip, width)
         # reduced precision would move the points of a long kernel by whole taps
         with torch.autocast(self.weights.device.type, enabled=False):
             return self._render(size, skip, width)
