@@ -1,6 +1,7 @@
 import copy
 import itertools
 import os
+import shutil
 
 # before huggingface_hub is imported: no test of this process asks the real Hub
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -67,7 +68,10 @@ _STORES = itertools.count()
 @pytest.fixture(autouse=True)
 def _own_store(tmp_path_factory, monkeypatch):
     """Each test has an empty store of weights, and the user's own is neither read nor written."""
-    monkeypatch.setenv('TIMM_SMPCONV_CACHE', str(tmp_path_factory.getbasetemp() / f'store{next(_STORES)}'))
+    store = tmp_path_factory.getbasetemp() / f'store{next(_STORES)}'
+    monkeypatch.setenv('TIMM_SMPCONV_CACHE', str(store))
+    yield
+    shutil.rmtree(store, ignore_errors=True)  # not every test has one
 
 
 @pytest.fixture(scope='session')

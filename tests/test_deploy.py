@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import SMALLER, build, make_input
+from conftest import SMALLER, build, input_size, make_input
 from safetensors.torch import save_file
 from synth import randomize_norms, relative_error
 from timm.utils import reparameterize_model
@@ -236,6 +236,7 @@ def test_half_precision(name, dtype, tolerance):
         (lambda: RepSMPConv2d(3, 5, 9, small_kernel_size=3, small_bias=True, radius=0.4), (2, 3, 9, 20)),
         (lambda: RepSMPConv2d(3, 5, 1, small_kernel_size=1), (2, 3, 9, 20)),
         (lambda: RepSMPConv2d(1, 1, 7, small_kernel_size=3, groups=1), (2, 1, 9, 20)),
+        (lambda: RepSMPConv2d(3, 5, (3, 9), small_kernel_size=5), (2, 3, 9, 20)),
         (lambda: RepSMPConv1d(3, 4, 50, large_bias=True, radius=0.1), (2, 3, 64)),
         (lambda: RepSMPConv1d(3, 4, 51, radius=0.1), (2, 3, 20)),
         (lambda: RepSMPConv1d(3, 4, 2, small_kernel_size=5), (2, 3, 20)),
@@ -264,6 +265,16 @@ def test_full_size(name):
     x = make_input(name, 1)
     wanted = model(x)
     assert relative_error(model.reparameterize()(x), wanted) <= 1e-5
+
+
+@torch.no_grad()
+def test_random_numbers(name):
+    """Neither an evaluation, which folds blocks, nor deployment draws random numbers: training goes on as without."""
+    model = build(name)
+    state = torch.random.get_rng_state()
+    model.eval()(torch.zeros(1, *input_size(name)))
+    model.reparameterize()
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_models_made_smaller_exist():

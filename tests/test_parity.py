@@ -87,7 +87,8 @@ def case(request, tmp_path_factory):
     """(name, checkpoint file, model loaded from it in float32)."""
     name = request.param
     path = save_reference(name, tmp_path_factory.mktemp('reference') / f'{name}.pth')
-    return name, path, load_reference(name, path)
+    yield name, path, load_reference(name, path)
+    path.unlink()
 
 
 def test_fixtures_complete():

@@ -5,6 +5,7 @@ from typing import Optional, Sequence, Tuple, Union
 import torch
 from timm.models import register_notrace_module
 from torch import nn
+from torch.nn.utils import skip_init
 
 from .. import ops
 from .cache import ValueCache
@@ -160,7 +161,8 @@ class SMPConv2d(nn.Module):
     def to_conv(self, weight: torch.Tensor) -> nn.Module:
         """A plain convolution of the same shape, with the given dense kernel and a bias to be filled in."""
         out_chs, in_chs, kh, kw = weight.shape
-        conv = LargeConv2d(
+        conv = skip_init(
+            LargeConv2d,
             out_chs if self.depthwise else in_chs,
             out_chs,
             (kh, kw),
@@ -235,7 +237,7 @@ class SMPConv1d(nn.Module):
     def to_conv(self, weight: torch.Tensor) -> nn.Module:
         """A plain convolution of the same shape, with the given dense kernel and a bias to be filled in."""
         out_chs, in_chs, taps = weight.shape
-        conv = CausalConv1d(in_chs, out_chs, taps, device=weight.device, dtype=weight.dtype)
+        conv = skip_init(CausalConv1d, in_chs, out_chs, taps, device=weight.device, dtype=weight.dtype)
         conv.weight.data = weight
         return conv
 

@@ -212,11 +212,12 @@ class SMPKernel(nn.Module):
         if not ValueCache.usable(tensors):
             return self.forward()
         if self.training or torch.is_grad_enabled():
-            return self._render_support()
-        return self._rendered.get(tensors, self._render_support)
+            return self.render_reached()
+        return self._rendered.get(tensors, self.render_reached)
 
     @torch.jit.unused
-    def _render_support(self) -> torch.Tensor:
+    def render_reached(self) -> torch.Tensor:
+        """The kernel at its own size, if causal without leading taps that no point reaches; reads values."""
         if self.training:
             self.project()
         taps = self.kernel_size[0]
@@ -289,8 +290,9 @@ class SMPKernel(nn.Module):
         reach = torch.relu(1.0 - (coords - x[index]).abs() / radius) * inside
         if self.normalize:
             flat = index.flatten(1)
-            count = torch.zeros(groups, taps, dtype=x.dtype, device=x.device)
-            count.scatter_add_(1, flat, (reach != 0).to(x.dtype).flatten(1))
+            # whole numbers, to which 1e-6 is added in the default dtype: so does the reference, in float64 too
+            count = torch.zeros(groups, taps, dtype=torch.int64, device=x.device)
+            count.scatter_add_(1, flat, (reach != 0).long().flatten(1))
             reach = reach / (count.gather(1, flat).reshape(index.shape) + 1e-6)
         return torch.zeros(groups, points, taps, dtype=x.dtype, device=x.device).scatter_add_(2, index, reach)
 

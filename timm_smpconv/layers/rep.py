@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import ConvNormAct
 from timm.models import register_notrace_module
 from torch import nn
+from torch.nn.utils import skip_init
 
 from .cache import ValueCache
 from .conv import CausalConv1d, LargeConv2d, SMPConv1d, SMPConv2d
@@ -38,7 +39,9 @@ def fold_norm_into_previous(
     scale, shift = _scale_shift(norm)
     if bias is not None:
         shift = shift + bias.double() * scale
-    return weight.double() * scale.reshape(-1, *[1] * (weight.ndim - 1)), shift
+    scale = scale.reshape(-1, *[1] * (weight.ndim - 1))
+    # in place: the kernel of a long sequence takes 100 MB
+    return weight.to(torch.float64, copy=True).mul_(scale), shift
 
 
 def fold_norm_into_next(norm: nn.Module, conv: nn.Module) -> None:
@@ -59,7 +62,8 @@ class ConvNorm(ConvNormAct):
         _check_eval(self)
         old, norm = self.conv, self.bn
         weight, bias = fold_norm_into_previous(old.weight.data, None if old.bias is None else old.bias.data, norm)
-        self.conv = nn.Conv2d(
+        self.conv = skip_init(
+            nn.Conv2d,
             old.in_channels,
             old.out_channels,
             old.kernel_size,
@@ -83,9 +87,8 @@ class AffineNorm(nn.BatchNorm2d):
         _check_eval(self)
         scale, shift = _scale_shift(self)
         dtype = self.weight.dtype
-        conv = nn.Conv2d(
-            self.num_features, self.num_features, 1, groups=self.num_features, device=self.weight.device, dtype=dtype
-        )
+        channels, device = self.num_features, self.weight.device
+        conv = skip_init(nn.Conv2d, channels, channels, 1, groups=channels, device=device, dtype=dtype)
         conv.weight.data, conv.bias.data = scale.to(dtype).reshape(-1, 1, 1, 1), shift.to(dtype)
         return conv.eval()
 
@@ -119,7 +122,7 @@ class _RepSMPConv(nn.Module):
         if not torch.jit.is_scripting() and not self.training and not torch.is_grad_enabled():
             tensors = [*self.parameters(), *self.buffers()]
             if ValueCache.usable(tensors) and not self._is_observed():
-                return self._folded.get(tensors, self.fuse)(x)
+                return self._folded.get(tensors, self._fold_reached)(x)
         return self.large_norm(self.large(x)) + self.small_norm(self.small(x))
 
     @torch.jit.unused
@@ -132,27 +135,34 @@ class _RepSMPConv(nn.Module):
         """The equivalent plain convolution with a bias: points rendered, norms and small branch folded in."""
         _check_eval(self)
         with torch.no_grad():
-            large_bias = self.large.bias
-            kernel = self.large.kernel()
-            weight, bias = fold_norm_into_previous(kernel, large_bias, self.large_norm)
-            small, small_bias = fold_norm_into_previous(self.small.weight, self.small.bias, self.small_norm)
-            weight = _add_small(weight, small, causal=kernel.ndim == 3)
-            conv = self.large.to_conv(weight.to(kernel.dtype))
-            conv.bias.data = (bias + small_bias).to(kernel.dtype)
+            return self._fold(self.large.kernel())
+
+    @torch.jit.unused
+    def _fold_reached(self) -> nn.Module:
+        # causal kernels without the leading taps that no point reaches: a third is left of 16,000
+        return self._fold(self.large.kernel.render_reached())
+
+    @torch.jit.unused
+    def _fold(self, kernel: torch.Tensor) -> nn.Module:
+        weight, bias = fold_norm_into_previous(kernel, self.large.bias, self.large_norm)
+        small, small_bias = fold_norm_into_previous(self.small.weight, self.small.bias, self.small_norm)
+        conv = self.large.to_conv(_add_small(weight, small, causal=kernel.ndim == 3).to(kernel.dtype))
+        conv.bias.data = (bias + small_bias).to(kernel.dtype)
         return conv.eval()
 
 
 def _add_small(large: torch.Tensor, small: torch.Tensor, causal: bool) -> torch.Tensor:
-    """Sum of two kernels, aligned at their centres or, if causal, at the present (last) tap."""
-    # a large kernel may have fewer taps than the small one (a network built for short sequences)
-    size = [max(a, b) for a, b in zip(large.shape[2:], small.shape[2:])]
-    padded = []
-    for kernel in (large, small):
-        pad = []
-        for k, n in zip(reversed(kernel.shape[2:]), reversed(size)):
-            pad += [n - k, 0] if causal else [(n - k) // 2] * 2
-        padded.append(F.pad(kernel, pad))
-    return padded[0] + padded[1]
+    """Sum of two kernels, aligned at their centres or, if causal, at the present (last) tap. May change `large`."""
+    pad, window = [], []
+    for k, n in zip(small.shape[2:], large.shape[2:]):
+        # a large kernel may have fewer taps than the small one (a network built for short sequences)
+        more = max(k - n, 0)
+        pad = ([more, 0] if causal else [more // 2] * 2) + pad
+        first = n + more - k if causal else (n + more - k) // 2
+        window.append(slice(first, first + k))
+    total = F.pad(large, pad) if any(pad) else large
+    total[(..., *window)] += small
+    return total
 
 
 @register_notrace_module
