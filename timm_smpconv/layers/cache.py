@@ -4,6 +4,8 @@ from typing import Callable, Optional, Sequence, Tuple
 
 import torch
 
+from ..ops.context import is_transformed
+
 __all__ = ['ValueCache']
 
 
@@ -19,8 +21,8 @@ class ValueCache:
 
     @staticmethod
     def usable(tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether values can be read cheaply now: not while compiling, exporting or tracing, nor off the CPU."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        """Whether values can be read cheaply: on a CPU, not while compiling, exporting, tracing or in torch.func."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
             return False
         # neither fake tensors nor other wrappers
         return all(t.device.type == 'cpu' and type(t.detach()) is torch.Tensor for t in tensors)

@@ -4,7 +4,8 @@ from typing import Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+
+from .context import is_trained, is_transformed
 
 __all__ = ['correlate']
 
@@ -21,7 +22,7 @@ def correlate(
         return F.conv1d(F.pad(x, (left[0], weight.shape[2] - 1 - left[0])), weight, bias)
     if not depthwise or x.device.type != 'cpu':
         return F.conv2d(x, weight, bias, padding=left, groups=x.shape[1] if depthwise else 1)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if is_trained(x, weight):
         y = _Depthwise.apply(x, weight, left)
         return y if bias is None else y + bias.reshape(1, -1, 1, 1)
     return _depthwise(x, weight, left, bias)
@@ -31,7 +32,7 @@ def _depthwise(
     x: torch.Tensor, weight: torch.Tensor, left: Sequence[int], bias: Optional[torch.Tensor] = None
 ) -> torch.Tensor:
     # on a CPU, torch is some twenty times faster on channels_last maps than on contiguous ones
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = x if is_transformed() else x.contiguous(memory_format=torch.channels_last)
     # in half precision it is slow (float16) or hangs (bfloat16, few channels; torch 2.15) except for whole vectors
     if x.dtype in (torch.float16, torch.bfloat16) and (x.dtype == torch.float16 or x.shape[1] % 32):
         y = F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), padding=left, groups=x.shape[1])
@@ -49,17 +50,16 @@ class _Depthwise(torch.autograd.Function):
         return _depthwise(x, weight, left)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         x, weight = ctx.saved_tensors
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
             right = [k - 1 - p for k, p in zip(weight.shape[2:], ctx.left)]
-            grad_x = _depthwise(grad, weight.flip(2, 3), right)
+            grad_x = correlate(grad, weight.flip(2, 3), None, right, True)
         if ctx.needs_input_grad[1]:
             # the map of gradients is the kernel; one image at a time beats a convolution with batch * channels groups
             total = torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
             for image, kernel in zip(x.to(total.dtype).split(1), grad.to(total.dtype).unbind()):
-                total += _depthwise(image, kernel.unsqueeze(1), ctx.left).permute(1, 0, 2, 3)
+                total += correlate(image, kernel.unsqueeze(1), None, ctx.left, True).permute(1, 0, 2, 3)
             grad_w = total.to(weight.dtype)
         return grad_x, grad_w, None

@@ -1,16 +1,16 @@
 """Convolution in the frequency domain.
 
 Exact up to rounding for any kernel, at a cost that hardly depends on the number of taps. Half precision inputs are
-transformed in float32. First derivatives only: a second backward pass raises.
+transformed in float32.
 """
 
 from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from . import direct
+from .context import is_channels_last, is_trained
 
 __all__ = ['correlate', 'count_parts', 'fast_len']
 
@@ -41,7 +41,7 @@ def correlate(
     if bias is not None:
         y = y + bias.to(compute).reshape(1, -1, *[1] * (y.ndim - 2))
     y = y.to(x.dtype)
-    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+    if is_channels_last(x):
         y = y.contiguous(memory_format=torch.channels_last)  # as the layers around it expect
     return y
 
@@ -110,7 +110,7 @@ def _apply(
     x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], outputs: Sequence[int], depthwise: bool
 ) -> torch.Tensor:
     """The first outputs, as many as given for each spatial dimension, of a correlation with `left` zeros before x."""
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if is_trained(x, weight):
         return _Correlate.apply(x, weight, left, outputs, depthwise)
     return _correlate(x, weight, left, outputs, depthwise)[0]
 
@@ -134,15 +134,19 @@ class _Correlate(torch.autograd.Function):
         ctx, x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], outputs: Sequence[int], depthwise: bool
     ):
         y, x_f, w_c, size = _correlate(x, weight, left, outputs, depthwise)
-        ctx.save_for_backward(x_f if ctx.needs_input_grad[1] else None, w_c if ctx.needs_input_grad[0] else None)
+        kept = [(x, x_f) if ctx.needs_input_grad[1] else (None, None)]
+        kept += [(weight, w_c) if ctx.needs_input_grad[0] else (None, None)]
+        ctx.save_for_backward(*kept[0], *kept[1])
         ctx.config = x.shape[2:], weight.shape[2:], size, left, depthwise
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         shape, taps, size, left, depthwise = ctx.config
-        x_f, w_c = ctx.saved_tensors
+        x, x_f, weight, w_c = ctx.saved_tensors
+        if torch.is_grad_enabled():  # second derivatives are wanted: spectra that lead back to their signals
+            x_f = None if x is None else _transform(x, size, depthwise)
+            w_c = None if weight is None else _transform(weight, size, depthwise, conj=True)
         grad_f = _transform(grad, size, depthwise, conj=not depthwise)  # conjugate for the matrix products
         grad_x = grad_w = None
         if w_c is not None:  # dx[s] = sum_k w[k] dy[s - k + left]

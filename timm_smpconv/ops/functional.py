@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 
 from . import direct, fft, reference
+from .context import is_channels_last, is_exporting, is_transformed
 
 __all__ = [
     'available_backends',
@@ -97,7 +98,7 @@ def choose_backend(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
     products = out_chs * in_chs * (2 if not depthwise else 0)
     frequency = points * (_TRANSFORM * (maps + out_chs * in_chs / max(batch, 1)) + products)
     direct *= out_chs * in_chs
-    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+    if is_channels_last(x):
         frequency += maps * x.shape[2] * x.shape[3] * _REORDER
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         direct *= 1 + _BACKWARD['direct']
@@ -131,7 +132,7 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch
     """
     if not torch.jit.is_scripting():
         _check('depthwise_conv2d', x, weight, bias, ndim=4, depthwise=True)
-        if not _is_exporting():
+        if not is_exporting():
             return _conv2d(x, weight, bias, True)
     return F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2], groups=weight.shape[0])
 
@@ -153,7 +154,7 @@ def conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] =
     """
     if not torch.jit.is_scripting():
         _check('conv2d', x, weight, bias, ndim=4, depthwise=False)
-        if not _is_exporting():
+        if not is_exporting():
             return _conv2d(x, weight, bias, False)
     return F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2])
 
@@ -175,7 +176,7 @@ def causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Te
     """
     if not torch.jit.is_scripting():
         _check('causal_conv1d', x, weight, bias, ndim=3, depthwise=False)
-        if not _is_exporting():
+        if not is_exporting():
             taps = min(weight.shape[2], max(x.shape[2], 1))
             return _run(x, weight[..., weight.shape[2] - taps :], bias, (taps - 1,), False)
     return F.conv1d(F.pad(x, [weight.shape[2] - 1, 0]), weight, bias)
@@ -185,14 +186,9 @@ def causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Te
 def to_fast_format(x: torch.Tensor) -> torch.Tensor:
     """Feature map in the memory format in which networks of these convolutions are fast: channels_last on a CPU."""
     if not torch.jit.is_scripting():
-        if x.ndim == 4 and x.device.type == 'cpu' and not _is_exporting():
+        if x.ndim == 4 and x.device.type == 'cpu' and not is_exporting() and not is_transformed():
             return x.contiguous(memory_format=torch.channels_last)
     return x
-
-
-def _is_exporting() -> bool:
-    # exporters want the plain convolution, and so does tracing, to which sizes are tensors
-    return torch.jit.is_tracing() or (hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting())
 
 
 def _conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], depthwise: bool) -> torch.Tensor:

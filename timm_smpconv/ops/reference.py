@@ -1,5 +1,6 @@
 """The definition, in float64: what every other backend is tested against."""
 
+import itertools
 from typing import Optional, Tuple
 
 import torch
@@ -22,7 +23,7 @@ def correlate(
         pad += [p, k - 1 - p]
     padded, kernel = F.pad(x.double(), pad), weight.double()
     y = 0.0 if bias is None else bias.double().reshape(1, -1, *[1] * len(taps))
-    for offset in torch.cartesian_prod(*[torch.arange(k) for k in taps]).reshape(-1, len(taps)).tolist():
+    for offset in itertools.product(*map(range, taps)):
         shifted, tap = padded, kernel
         for dim, (o, n) in enumerate(zip(offset, x.shape[2:])):
             shifted, tap = shifted.narrow(2 + dim, o, n), tap.select(2, o)

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from . import direct
+from .context import is_channels_last, is_transformed
 
 __all__ = ['applies', 'correlate']
 
@@ -186,9 +187,12 @@ def _block(width: int) -> int:
 
 
 def applies(x: torch.Tensor, depthwise: bool) -> bool:
-    """Whether these kernels can take a convolution of x: depthwise, 2D, not float64, on a GPU or interpreted."""
+    """Whether these kernels can take a convolution of x: depthwise, 2D, not float64, on a GPU or interpreted.
+
+    The transforms of torch.func would not see through them.
+    """
     on_device = x.device.type == 'cuda' or (_INTERPRETED and x.device.type == 'cpu')
-    return depthwise and x.ndim == 4 and x.dtype in _DTYPES and on_device
+    return depthwise and x.ndim == 4 and x.dtype in _DTYPES and on_device and not is_transformed()
 
 
 def correlate(
@@ -202,7 +206,7 @@ def correlate(
     if not applies(x, depthwise) or not x.numel():
         return direct.correlate(x, weight, bias, left, depthwise)
     y = _correlate(x, weight.to(x.dtype), bias, list(left))
-    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+    if is_channels_last(x):
         y = y.contiguous(memory_format=torch.channels_last)
     return y
 
@@ -291,4 +295,22 @@ def _backward(ctx, grad: torch.Tensor):
     return grad_x, grad_w, grad_bias, None
 
 
+def _setup_weight_grad_context(ctx, inputs, output) -> None:
+    x, grad, _, ctx.left = inputs
+    ctx.save_for_backward(x, grad)
+
+
+def _weight_grad_backward(ctx, grad_w: torch.Tensor):
+    # the weight's gradient is linear in both maps: what meets it in a second backward pass takes the weight's place
+    x, grad = ctx.saved_tensors
+    grad_x = grad_grad = None
+    if ctx.needs_input_grad[0]:
+        right = [k - 1 - p for k, p in zip(grad_w.shape[2:], ctx.left)]
+        grad_x = _correlate(grad, grad_w.flip(2, 3), None, right)
+    if ctx.needs_input_grad[1]:
+        grad_grad = _correlate(x, grad_w, None, ctx.left)
+    return grad_x, grad_grad, None, None
+
+
 _correlate.register_autograd(_backward, setup_context=_setup_context)
+_weight_grad.register_autograd(_weight_grad_backward, setup_context=_setup_weight_grad_context)

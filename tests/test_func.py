@@ -1,0 +1,90 @@
+"""The transforms of torch.func: per-sample gradients, ensembles and second derivatives, of operations and networks."""
+
+import copy
+
+import pytest
+import torch
+from conftest import build, make_input
+from synth import relative_error
+from test_ops import BACKENDS, OPS, make_case, torch_result
+from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vmap
+
+from timm_smpconv import ops
+
+FAMILIES = ['smpconv_mobile31', 'smpconv_cifar', 'smpconv_seq_mnist']
+
+
+@pytest.mark.parametrize('batched', [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize('op', sorted(OPS))
+@pytest.mark.parametrize('backend', [*BACKENDS, None])
+def test_vmap(backend, op, batched):
+    """Over inputs, over kernels and over both, with gradients: what a loop computes."""
+    cases = [make_case(op, 2, 3, 3, (6, 5), (3, 2), dtype=torch.float32, seed=seed, bias=False)[:2] for seed in (0, 1)]
+    args = [torch.stack(values) if many else values[0] for values, many in zip(zip(*cases), batched)]
+
+    def value(x, weight):
+        return OPS[op](x, weight).pow(3).sum()
+
+    dims = tuple(0 if many else None for many in batched)
+    with ops.use_backend(backend):
+        got = vmap(grad(value, (0, 1)), dims)(*args)
+    for i in range(2):
+        x, weight = (a[i] if many else a for a, many in zip(args, batched))
+        wanted = grad(lambda x, weight: torch_result(op, x, weight, None).pow(3).sum(), (0, 1))(x, weight)
+        for a, b in zip(got, wanted):
+            assert relative_error(a[i], b) <= 1e-5
+
+
+@pytest.mark.parametrize('op', sorted(OPS))
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_hessian(backend, op):
+    x, weight, _ = make_case(op, 1, 2, 2, (3, 2), (2, 1), bias=False)
+
+    def value(function):
+        return lambda weight: function(x, weight).pow(3).sum()
+
+    wanted = hessian(value(lambda x, weight: torch_result(op, x, weight, None)))(weight)
+    with ops.use_backend(backend):
+        assert relative_error(hessian(value(OPS[op]))(weight), wanted) <= 1e-10
+
+
+def parts(model):
+    return {key: value.detach() for key, value in model.named_parameters()}, dict(model.named_buffers())
+
+
+def test_per_sample_gradients(name, model):
+    model, x = model.double(), make_input(name).double()
+    params, buffers = parts(model)
+
+    def loss(params, x):
+        return functional_call(model, (params, buffers), (x[None],)).square().sum()
+
+    got = vmap(grad(loss), (None, 0))(params, x)
+    for i in range(len(x)):
+        wanted = torch.autograd.grad(model(x[i : i + 1]).square().sum(), list(model.parameters()), allow_unused=True)
+        for (key, value), b in zip(got.items(), wanted):
+            b = torch.zeros_like(value[i]) if b is None else b
+            assert (value[i] - b).abs().max() <= 1e-8 * max(b.abs().max().item(), 1e-6), key
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('gradients', [False, True])
+def test_ensemble(name, gradients):
+    """Networks as one: parameters are batched, whose values cannot be read."""
+    models = [build(name).eval() for _ in range(2)]
+    x, base = make_input(name), copy.deepcopy(models[0])
+    params, buffers = stack_module_state(models)
+    with torch.set_grad_enabled(gradients):
+        got = vmap(lambda p, b: functional_call(base, (p, b), (x,)))(params, buffers)
+        assert relative_error(got, torch.stack([model(x) for model in models])) <= 1e-4
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_directional_derivative(name):
+    """Forward mode against a backward pass: u (J v) = (u J) v."""
+    model, x = build(name).eval().double(), make_input(name).double().requires_grad_()
+    params, buffers = parts(model)
+    v, u = torch.randn_like(x), torch.randn(len(x), model.num_classes, dtype=x.dtype)
+    _, tangent = jvp(lambda x: functional_call(model, (params, buffers), (x,)), (x.detach(),), (v,))
+    (gradient,) = torch.autograd.grad(model(x), x, u)
+    assert relative_error((u * tangent).sum(), (gradient * v).sum()) <= 1e-9

@@ -1,0 +1,28 @@
+"""What an operation has to know of where it is called."""
+
+import torch
+
+__all__ = ['is_channels_last', 'is_exporting', 'is_trained', 'is_transformed']
+
+
+def is_exporting() -> bool:
+    """Whether the call is being exported or traced: that wants the plain convolution, and has tensors for sizes."""
+    return torch.jit.is_tracing() or (hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting())
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp, ...) is at work: it sees through torch's own operations."""
+    # the question that torch.autograd.Function asks; the compiler has answered it before
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def is_trained(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a backward pass may follow that is ours, and not that of a transform of torch.func."""
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad) and not is_transformed()
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether x, (B, C, H, W), is in the channels_last memory format and in no other; no under torch.func."""
+    if x.ndim != 4 or is_transformed():  # vmap has no memory formats
+        return False
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
