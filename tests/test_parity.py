@@ -1,6 +1,7 @@
 """Agreement with the authors' implementation at full size, through the path that a user takes."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 import timm
@@ -88,7 +89,7 @@ def case(request, tmp_path_factory):
     name = request.param
     path = save_reference(name, tmp_path_factory.mktemp('reference') / f'{name}.pth')
     yield name, path, load_reference(name, path)
-    path.unlink()
+    Path(path).unlink()
 
 
 def test_fixtures_complete():
