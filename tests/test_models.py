@@ -679,6 +679,25 @@ def test_export_with_dynamic_batch():
     assert relative_error(program.module()(other), model(other)) < 1e-4
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='torch 2.6 cannot tell export from compilation')
+@pytest.mark.parametrize('inference_mode', [False, True])
+@pytest.mark.parametrize('name', SMALL)
+@torch.no_grad()
+def test_onnx(name, inference_mode, tmp_path):
+    """A file for any batch size gives the same in ONNX Runtime, by plain convolutions."""
+    onnx, runtime = pytest.importorskip('onnx'), pytest.importorskip('onnxruntime')
+    model, x = small_model(name, inference_mode=inference_mode), small_input(name)
+    path = str(tmp_path / 'model.onnx')
+    batch = torch.export.Dim('batch', min=1, max=64)
+    torch.onnx.export(model, (x,), path, dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+    operators = {node.op_type for node in onnx.load(path).graph.node}
+    assert 'Conv' in operators and 'DFT' not in operators
+    session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    for other in (x, small_input(name, 3), small_input(name, 1)):
+        (got,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+        assert relative_error(torch.from_numpy(got), model(other)) < 1e-4
+
+
 def has_compiler():
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
