@@ -139,7 +139,7 @@ class _RepSMPConv(nn.Module):
 
     @torch.jit.unused
     def _fold_reached(self) -> nn.Module:
-        # causal kernels without the leading taps that no point reaches: a third is left of 16,000
+        # causal kernels without the leading taps that no point reaches: less to fold and to convolve
         return self._fold(self.large.kernel.render_reached())
 
     @torch.jit.unused
