@@ -257,7 +257,7 @@ def torch_autocast_dtype(op, case, dtype):
 
 class TestUseBackend:
     def test_names(self):
-        assert {'reference', 'direct', 'fft'} <= set(BACKENDS) and len(set(BACKENDS)) == len(BACKENDS)
+        assert {'reference', 'direct', 'fft', 'dft'} <= set(BACKENDS) and len(set(BACKENDS)) == len(BACKENDS)
 
     def test_forced_nested_restored(self, monkeypatch):
         """Seen from outside: outputs of `reference` are exact in float32 up to one rounding, others are called."""
@@ -311,9 +311,13 @@ RULE = [
     (384, 0, (14, 14), (27, 27), 'direct', 'direct', 'direct', 'direct'),
     (768, 0, (7, 7), (13, 13), 'direct', 'direct', 'direct', 'direct'),
     (96, 0, (56, 56), (5, 5), 'direct', 'direct', 'direct', 'direct'),
-    (24, 24, (32, 32), (33, 33), 'fft', 'fft', 'fft', 'fft'),
-    (48, 48, (32, 32), (33, 33), 'fft', 'fft', 'fft', 'fft'),
+    (3, 24, (32, 32), (33, 33), 'dft', 'dft', 'dft', 'dft'),
+    (24, 24, (32, 32), (33, 33), 'dft', 'dft', 'dft', 'dft'),
+    (48, 48, (32, 32), (33, 33), 'dft', 'dft', 'dft', 'dft'),
+    (36, 36, (32, 32), (5, 5), 'dft', 'dft', 'direct', 'direct'),
     (24, 24, (32, 32), (3, 3), 'direct', 'direct', 'direct', 'direct'),
+    (48, 48, (32, 32), (3, 3), 'direct', 'direct', 'direct', 'direct'),
+    (36, 36, (224, 224), (33, 33), 'fft', 'fft', 'dft', 'dft'),
     (30, 30, (784,), (784,), 'fft', 'fft', 'fft', 'fft'),
     (30, 30, (1024,), (1024,), 'fft', 'fft', 'fft', 'fft'),
     (30, 30, (16000,), (16000,), 'fft', 'fft', 'fft', 'fft'),

@@ -6,13 +6,14 @@ reach are cut off first.
 
 import contextlib
 import importlib.util
+import math
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_function
 
-from . import direct, fft, reference
+from . import dft, direct, fft, reference
 from .context import is_channels_last, is_exporting, is_transformed
 
 __all__ = [
@@ -36,6 +37,7 @@ _BACKENDS: Dict[str, Callable[..., torch.Tensor]] = {
     'reference': reference.correlate,
     'direct': direct.correlate,
     'fft': fft.correlate,
+    'dft': dft.correlate,
 }
 if importlib.util.find_spec('triton') is not None:
     _BACKENDS['toeplitz'] = _toeplitz
@@ -67,21 +69,25 @@ def use_backend(name: Optional[str]) -> Iterator[None]:
         _forced = previous
 
 
-# Costs in units of one multiply-add of a direct convolution, fitted on CPUs (benchmarks/README.md): one point of one
-# real transform, and a backward pass relative to a forward pass. Both backends use all cores, so that their number
-# drops out; the ratios are what matters.
-_TRANSFORM = 125.0
-_REORDER = 160.0  # moving one entry between channels_last and the contiguous format of the transforms
-_BACKWARD = {'direct': 2.5, 'fft': 1.4}
+# Costs in units of one multiply-add of a direct depthwise convolution, fitted on CPUs (benchmarks/README.md). All
+# backends use all cores, so that their number drops out; the ratios are what matters.
+_DENSE = 0.5  # a multiply-add of a direct dense convolution of maps, whose channels are filled up to whole vectors of
+_VECTOR = 16
+_TRANSFORM = 125.0  # one point of one real transform, in fft ...
+_TRANSFORM_2D = 180.0  # ... of dense maps, whose spectra are reordered
+_REORDER = 160.0  # moving one entry between channels_last and the contiguous format of fft
+_ENTRY, _SPECTRUM = 50.0, 25.0  # moving one entry of a map or kernel, and one number of a spectrum, in dft
+_BACKWARD = {'direct': 2.5, 'fft': 1.4, 'dft': 0.9}  # relative to a forward pass
 
 
 def choose_backend(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool) -> str:
-    """Name of the backend that takes a convolution: the one with the smaller estimate of multiply-adds.
+    """Name of the backend that takes a convolution: the one with the smallest estimate of multiply-adds.
 
-    A direct convolution spends one per output channel, input channel of a filter, output and tap that falls on the map.
-    In the frequency domain, all inputs, outputs and kernels are transformed (the kernels once for the batch), and each
-    complex product of a frequency costs four. Training adds the backward pass, which transforms better. The toeplitz
-    backend is never chosen: it waits for measurements on a GPU.
+    A direct convolution spends one per output channel, input channel of a filter, output and tap that falls on the map
+    (of a dense one: and tap). In the frequency domain, all inputs, outputs and kernels are transformed (the kernels
+    once for the batch), and each complex product of a frequency costs four. Training adds the backward pass, which
+    costs the frequency domain less. `dft` is for dense maps on a CPU. The toeplitz backend is never chosen: it waits
+    for measurements on a GPU.
 
     Args:
         x: Input, (B, I, *spatial).
@@ -89,21 +95,39 @@ def choose_backend(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
         left: Zeros to the left of the input, one number per spatial dimension.
         depthwise: One filter per channel.
     """
-    batch, out_chs, in_chs = x.shape[0], weight.shape[0], weight.shape[1]
-    direct = points = 1
-    for n, k, p in zip(x.shape[2:], weight.shape[2:], left):
-        direct *= _taps_on_map(n, k, p)
-        points *= fft.fast_len(n + max(p, k - 1 - p))
+    batch, out_chs, in_chs = max(x.shape[0], 1), weight.shape[0], weight.shape[1]
+    shape, taps = x.shape[2:], weight.shape[2:]
     maps = 2 * out_chs if depthwise else x.shape[1] + out_chs
-    products = out_chs * in_chs * (2 if not depthwise else 0)
-    frequency = points * (_TRANSFORM * (maps + out_chs * in_chs / max(batch, 1)) + products)
-    direct *= out_chs * in_chs
+    kernels = out_chs * in_chs / batch
+    dense = not depthwise and x.ndim == 4
+    direct = points = 1
+    for n, k, p in zip(shape, taps, left):
+        direct *= n * k if dense else _taps_on_map(n, k, p)
+        points *= fft.fast_len(n + max(p, k - 1 - p))
+    if dense:
+        direct *= _DENSE * math.prod(math.ceil(chs / _VECTOR) * _VECTOR for chs in (out_chs, in_chs))
+    else:
+        direct *= out_chs * in_chs
+    products = 0 if depthwise else 2 * out_chs * in_chs
+    costs = {
+        'direct': direct,
+        'fft': points * ((_TRANSFORM_2D if dense else _TRANSFORM) * (maps + kernels) + products),
+    }
     if is_channels_last(x):
-        frequency += maps * x.shape[2] * x.shape[3] * _REORDER
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        direct *= 1 + _BACKWARD['direct']
-        frequency *= 1 + _BACKWARD['fft']
-    return 'fft' if frequency < direct else 'direct'
+        costs['fft'] += maps * x.shape[2] * x.shape[3] * _REORDER
+    if dense and x.device.type in ('cpu', 'meta'):
+        size = [dft.cyclic_len(n, k, p) for n, k, p in zip(shape, taps, left)]
+        costs['dft'] = dft.count_bins(size) * 4 * out_chs * in_chs
+        for count, sides in ((maps, shape), (kernels, taps)):
+            each = dft.count_products(sides, size) + _ENTRY * math.prod(sides) + _SPECTRUM * 2 * dft.count_bins(size)
+            costs['dft'] += count * each
+    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    best, least = 'direct', float('inf')
+    for name, cost in costs.items():
+        cost *= 1 + _BACKWARD[name] if trained else 1
+        if cost < least:
+            best, least = name, cost
+    return best
 
 
 def _taps_on_map(n: int, k: int, left: int) -> int:
