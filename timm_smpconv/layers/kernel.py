@@ -6,6 +6,7 @@ from typing import List, Optional, Sequence, Tuple, Union
 import torch
 from torch import nn
 
+from ..ops.context import full_precision
 from .cache import ValueCache
 
 __all__ = ['SMPKernel']
@@ -236,10 +237,8 @@ class SMPKernel(nn.Module):
 
     @torch.jit.unused
     def _render_full_precision(self, size: List[int], skip: int = 0, width: int = 0) -> torch.Tensor:
-        if self.weights.is_meta:  # has no autocast
-            return self._render(size, skip, width)
         # reduced precision would move the points of a long kernel by whole taps
-        with torch.autocast(self.weights.device.type, enabled=False):
+        with full_precision(self.weights):
             return self._render(size, skip, width)
 
     def _render(self, size: List[int], skip: int = 0, width: int = 0) -> torch.Tensor:

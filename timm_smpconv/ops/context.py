@@ -1,8 +1,16 @@
 """What an operation has to know of where it is called."""
 
+import contextlib
+from typing import ContextManager
+
 import torch
 
-__all__ = ['is_channels_last', 'is_exporting', 'is_trained', 'is_transformed']
+__all__ = ['full_precision', 'is_channels_last', 'is_exporting', 'is_trained', 'is_transformed']
+
+
+def full_precision(x: torch.Tensor) -> ContextManager[None]:
+    """A context without autocast on the device of x."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # meta has none
 
 
 def is_exporting() -> bool:

@@ -11,7 +11,7 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 
 from . import direct, fft
-from .context import is_channels_last, is_transformed
+from .context import full_precision, is_channels_last, is_transformed
 
 __all__ = ['correlate', 'count_bins', 'count_products', 'cyclic_len']
 
@@ -29,7 +29,7 @@ def correlate(
     if x.shape[0] == 0:
         return direct.correlate(x, weight, bias, left, depthwise)
     compute = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    with torch.autocast(x.device.type, enabled=False):  # a spectrum does not survive half precision
+    with full_precision(x):  # a spectrum does not survive half precision
         y = _correlate(x.to(compute), weight.to(compute), left)
         if bias is not None:
             y = y + bias.to(compute)

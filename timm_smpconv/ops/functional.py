@@ -104,13 +104,11 @@ def choose_backend(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
     for n, k, p in zip(shape, taps, left):
         direct *= n * k if dense else _taps_on_map(n, k, p)
         points *= fft.fast_len(n + max(p, k - 1 - p))
-    if dense:
-        direct *= _DENSE * math.prod(math.ceil(chs / _VECTOR) * _VECTOR for chs in (out_chs, in_chs))
-    else:
-        direct *= out_chs * in_chs
+    for chs in (out_chs, in_chs):
+        direct *= -(-chs // _VECTOR) * _VECTOR if dense else chs
     products = 0 if depthwise else 2 * out_chs * in_chs
     costs = {
-        'direct': direct,
+        'direct': direct * (_DENSE if dense else 1),
         'fft': points * ((_TRANSFORM_2D if dense else _TRANSFORM) * (maps + kernels) + products),
     }
     if is_channels_last(x):
