@@ -44,7 +44,7 @@ class ResidualBlock(nn.Module):
         self.grad_checkpointing = False
         self.conv1 = RepSMPConv2d(in_chs, out_chs, kernel_size, **conv_args, **dd)
         self.conv2 = RepSMPConv2d(out_chs, out_chs, kernel_size, **conv_args, **dd)
-        self.act = nn.ReLU()
+        self.act = nn.ReLU(inplace=True)
         self.drop = nn.Dropout(drop_rate)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.shortcut = nn.Identity()
@@ -115,7 +115,7 @@ class SMPConvCifar(SMPConvBase):
         self.stem = nn.Sequential(
             OrderedDict(
                 conv=RepSMPConv2d(in_chans, dims[0], kernel_size, small_bias=True, **conv_args),
-                act=nn.ReLU(),
+                act=nn.ReLU(inplace=True),
             )
         )
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, len(dims) - 1)

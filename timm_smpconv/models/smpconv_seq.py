@@ -92,7 +92,7 @@ class SequenceBlock(nn.Module):
         self.grad_checkpointing = False
         self.conv1 = RepSMPConv1d(in_chs, out_chs, kernel_size, **conv_args, **dd)
         self.conv2 = RepSMPConv1d(out_chs, out_chs, kernel_size, **conv_args, **dd)
-        self.act = nn.ReLU()
+        self.act = nn.ReLU(inplace=True)
         self.drop = nn.Dropout(drop_rate)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.shortcut = nn.Conv1d(in_chs, out_chs, 1, **dd) if in_chs != out_chs else nn.Identity()

@@ -9,6 +9,8 @@ from .context import is_trained, is_transformed
 
 __all__ = ['correlate']
 
+_MANY_TAPS = 100  # from which depthwise convolutions in half precision are faster in float32, conversions included
+
 
 def correlate(
     x: torch.Tensor,
@@ -33,8 +35,11 @@ def _depthwise(
 ) -> torch.Tensor:
     # on a CPU, torch is some twenty times faster on channels_last maps than on contiguous ones
     x = x if is_transformed() else x.contiguous(memory_format=torch.channels_last)
-    # in half precision it is slow (float16) or hangs (bfloat16, few channels; torch 2.15) except for whole vectors
-    if x.dtype in (torch.float16, torch.bfloat16) and (x.dtype == torch.float16 or x.shape[1] % 32):
+    # half precision is slow with many taps, which are multiplied in pairs with zeros, and in float16, and bfloat16
+    # hangs except for whole vectors of channels (torch 2.15)
+    if x.dtype in (torch.float16, torch.bfloat16) and (
+        x.dtype == torch.float16 or x.shape[1] % 32 or weight.shape[2] * weight.shape[3] >= _MANY_TAPS
+    ):
         y = F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), padding=left, groups=x.shape[1])
         return y.to(x.dtype)
     return F.conv2d(x, weight, bias, padding=left, groups=x.shape[1])
