@@ -85,8 +85,8 @@ WEIGHTS: Dict[str, Weights] = {
         correct=8023,
         tested=10000,
         test_data='test images of CIFAR-10, as JPEG of quality 75',
-        note='Trained for nine epochs at half resolution and one and a third at full resolution, three hours on one and '
-        'two CPU cores; the paper trains for 210 epochs, on the lossless images.',
+        note='Trained for nine epochs at half resolution and one and a third at full resolution, three hours on one '
+        'and two CPU cores; the paper trains for 210 epochs, on the lossless images.',
         logits=(4.1403, -2.003, 1.7545, 0.0832, -0.3836, -1.6503, -0.9353, -2.0842, 1.4404, -2.1727),
     ),
     'smpconv_seq_mnist.smnist': Weights(
