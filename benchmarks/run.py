@@ -210,6 +210,8 @@ def deformable_case() -> Case:
         return lambda: layer(x, offset(x)).sum().backward()
 
     paths = {'plain': lambda: smp(True), 'chosen': lambda: smp(False)}
+    for name in ('fft', 'dft'):
+        paths[name] = lambda name=name: on_backend(name, smp(False))
     for k in (3, 5, 7):
         paths[f'deformable k{k}'] = lambda k=k: deformable(k)
     return Case('op-train-24x32x32-k33-dense-b16', paths)

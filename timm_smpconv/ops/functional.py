@@ -100,10 +100,11 @@ def choose_backend(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
     maps = 2 * out_chs if depthwise else x.shape[1] + out_chs
     kernels = out_chs * in_chs / batch
     dense = not depthwise and x.ndim == 4
+    size = [dft.cyclic_len(n, k, p) for n, k, p in zip(shape, taps, left)]
     direct = points = 1
-    for n, k, p in zip(shape, taps, left):
+    for n, k, p, cyclic in zip(shape, taps, left, size):
         direct *= n * k if dense else _taps_on_map(n, k, p)
-        points *= fft.fast_len(n + max(p, k - 1 - p))
+        points *= fft.fast_len(cyclic)
     for chs in (out_chs, in_chs):
         direct *= -(-chs // _VECTOR) * _VECTOR if dense else chs
     products = 0 if depthwise else 2 * out_chs * in_chs
@@ -114,7 +115,6 @@ def choose_backend(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
     if is_channels_last(x):
         costs['fft'] += maps * x.shape[2] * x.shape[3] * _REORDER
     if dense and x.device.type in ('cpu', 'meta'):
-        size = [dft.cyclic_len(n, k, p) for n, k, p in zip(shape, taps, left)]
         costs['dft'] = dft.count_bins(size) * 4 * out_chs * in_chs
         for count, sides in ((maps, shape), (kernels, taps)):
             each = dft.count_products(sides, size) + _ENTRY * math.prod(sides) + _SPECTRUM * 2 * dft.count_bins(size)
