@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import skip_init
 
 from .. import ops
-from .cache import ValueCache
+from .cache import KernelCache, ValueCache
 from .kernel import SMPKernel
 
 __all__ = ['CausalConv1d', 'LargeConv2d', 'SMPConv1d', 'SMPConv2d']
@@ -50,11 +50,17 @@ class LargeConv2d(nn.Conv2d):
             device=device,
             dtype=dtype,
         )
+        self._kept = KernelCache()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.groups == 1:
-            return ops.conv2d(x, self.weight, self.bias)
-        return ops.depthwise_conv2d(x, self.weight, self.bias)
+        if torch.jit.is_scripting():
+            return self._conv_forward(x, self.weight, self.bias)
+        return self._convolve(x)
+
+    @torch.jit.unused
+    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
+        convolve = ops.conv2d if self.groups == 1 else ops.depthwise_conv2d
+        return convolve(x, self.weight, self.bias, self._kept.keep(self.weight))
 
 
 @register_notrace_module
@@ -70,11 +76,18 @@ class CausalConv1d(nn.Conv1d):
             bias: Add a bias.
         """
         super().__init__(in_chs, out_chs, kernel_size, bias=bias, device=device, dtype=dtype)
+        self._kept = KernelCache()
+        self._num_unreached: Optional[int] = None  # leading taps that were zero when last looked at
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
             return ops.causal_conv1d(x, self.weight, self.bias)
-        return ops.causal_conv1d(x, self._reached_taps(), self.bias)
+        return self._convolve(x)
+
+    @torch.jit.unused
+    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self._reached_taps()
+        return ops.causal_conv1d(x, weight, self.bias, self._kept.keep(weight))
 
     @torch.jit.unused
     def _reached_taps(self) -> torch.Tensor:
@@ -82,8 +95,13 @@ class CausalConv1d(nn.Conv1d):
         weight = self.weight
         if weight.shape[2] < _LONG or torch.is_grad_enabled() or not ValueCache.usable((weight,)):
             return weight
-        reached = (weight.amax((0, 1)) != 0) | (weight.amin((0, 1)) != 0)  # several times faster than abs or any
-        return weight[..., int(reached.to(torch.uint8).argmax()) :]
+        count = self._num_unreached
+        # a hint that is checked: maxima are several times faster than abs or any, and over everything than for each tap
+        if count is None or (count and not weight[..., :count].amax() == weight[..., :count].amin() == 0):
+            reached = (weight.amax((0, 1)) != 0) | (weight.amin((0, 1)) != 0)
+            count = int(reached.to(torch.uint8).argmax())
+            count = self._num_unreached = count - count % 2  # pairs of taps are faster to compare
+        return weight[..., count:]
 
 
 @register_notrace_module
@@ -151,12 +169,15 @@ class SMPConv2d(nn.Module):
             dtype=dtype,
         )
         self.bias = nn.Parameter(torch.zeros(out_chs, device=device, dtype=dtype)) if bias else None
+        self._kept = KernelCache()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, H, W) -> (B, out_chs, H, W)."""
+        kernel = self.kernel.for_convolution()
+        keep = None if torch.jit.is_scripting() else self._kept.keep(kernel)
         if self.depthwise:
-            return ops.depthwise_conv2d(x, self.kernel.for_convolution(), self.bias)
-        return ops.conv2d(x, self.kernel.for_convolution(), self.bias)
+            return ops.depthwise_conv2d(x, kernel, self.bias, keep)
+        return ops.conv2d(x, kernel, self.bias, keep)
 
     def to_conv(self, weight: torch.Tensor) -> nn.Module:
         """A plain convolution of the same shape, with the given dense kernel and a bias to be filled in."""
@@ -229,10 +250,13 @@ class SMPConv1d(nn.Module):
             dtype=dtype,
         )
         self.bias = nn.Parameter(torch.zeros(out_chs, device=device, dtype=dtype)) if bias else None
+        self._kept = KernelCache()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, L) -> (B, out_chs, L)."""
-        return ops.causal_conv1d(x, self.kernel.for_convolution(), self.bias)
+        kernel = self.kernel.for_convolution()
+        keep = None if torch.jit.is_scripting() else self._kept.keep(kernel)
+        return ops.causal_conv1d(x, kernel, self.bias, keep)
 
     def to_conv(self, weight: torch.Tensor) -> nn.Module:
         """A plain convolution of the same shape, with the given dense kernel and a bias to be filled in."""

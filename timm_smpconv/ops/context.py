@@ -1,11 +1,15 @@
 """What an operation has to know of where it is called."""
 
 import contextlib
-from typing import ContextManager
+from typing import Any, Callable, ContextManager, Hashable
 
 import torch
 
-__all__ = ['full_precision', 'is_channels_last', 'is_exporting', 'is_trained', 'is_transformed']
+__all__ = ['Keep', 'full_precision', 'is_channels_last', 'is_exporting', 'is_trained', 'is_transformed']
+
+# keep(key, numbers, compute): the result of compute(), which depends on a kernel and a key alone and holds about so
+# many real numbers; from an earlier call if the kernel is as it was then
+Keep = Callable[[Hashable, int, Callable[[], Any]], Any]
 
 
 def full_precision(x: torch.Tensor) -> ContextManager[None]:

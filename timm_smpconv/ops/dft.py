@@ -11,9 +11,11 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 
 from . import direct, fft
-from .context import full_precision, is_channels_last, is_transformed
+from .context import Keep, full_precision, is_channels_last, is_transformed
 
 __all__ = ['correlate', 'count_bins', 'count_products', 'cyclic_len']
+
+_Matrices = List[torch.Tensor]  # one for each dimension of the signals
 
 
 def correlate(
@@ -22,15 +24,16 @@ def correlate(
     bias: Optional[torch.Tensor],
     left: Tuple[int, ...],
     depthwise: bool,
+    keep: Optional[Keep] = None,
 ) -> torch.Tensor:
     """See `fft.correlate` for the arguments; depthwise convolutions, which multiply little, go there."""
     if depthwise:
-        return fft.correlate(x, weight, bias, left, depthwise)
+        return fft.correlate(x, weight, bias, left, depthwise, keep)
     if x.shape[0] == 0:
         return direct.correlate(x, weight, bias, left, depthwise)
     compute = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     with full_precision(x):  # a spectrum does not survive half precision
-        y = _correlate(x.to(compute), weight.to(compute), left)
+        y = _correlate(x.to(compute), weight.to(compute), left, keep)
         if bias is not None:
             y = y + bias.to(compute)
     y = y.permute(-2, -1, *range(y.ndim - 2))  # B, O, *spatial
@@ -53,16 +56,24 @@ def count_products(shape: Sequence[int], size: Sequence[int]) -> int:
     return 2 * shape[0] * (shape[1] * (size[1] // 2 + 1) + 2 * count_bins(size))
 
 
-def _correlate(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...]) -> torch.Tensor:
+def _correlate(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], keep: Optional[Keep]) -> torch.Tensor:
     """(B, I, *spatial), (O, I, *taps) -> (*spatial, B, O)."""
-    shape = list(x.shape[2:])
-    size = [cyclic_len(n, k, p) for n, k, p in zip(shape, weight.shape[2:], left)]
+    shape, taps = list(x.shape[2:]), list(weight.shape[2:])
+    size = [cyclic_len(n, k, p) for n, k, p in zip(shape, taps, left)]
     dims = list(range(2, x.ndim))
-    x_f = _transform(x.permute(*dims, 0, 1), size)
-    w_f = _transform(weight.permute(*dims, 1, 0), size)
+
+    def of_kernel() -> Tuple[torch.Tensor, _Matrices, _Matrices]:
+        w_f = _transform(weight.permute(*dims, 1, 0), _forward_matrices(taps, size, weight))
+        return w_f, _forward_matrices(shape, size, weight), _inverse_matrices(shape, size, left, weight)
+
+    if keep is None:
+        w_f, forward, inverse = of_kernel()
+    else:
+        key, numbers = ('dft', weight.shape, weight.dtype, *shape), 2 * count_bins(size) * weight.shape[:2].numel()
+        w_f, forward, inverse = keep(key, numbers, of_kernel)
     product = _product if is_transformed() else _Product.apply
-    y_f = product(x_f, w_f, 1, -1)
-    return _inverse(y_f, size, shape, left).unflatten(-1, (x.shape[0], weight.shape[0]))
+    y_f = product(_transform(x.permute(*dims, 0, 1), forward), w_f, 1, -1)
+    return _inverse(y_f, inverse, shape).unflatten(-1, (x.shape[0], weight.shape[0]))
 
 
 def _wave(
@@ -73,36 +84,55 @@ def _wave(
     return phase.cos().to(like), phase.sin().to(like)
 
 
-def _transform(x: torch.Tensor, size: List[int]) -> torch.Tensor:
+def _forward_matrices(shape: Sequence[int], size: Sequence[int], like: torch.Tensor) -> _Matrices:
+    """Of the transform of signals of a shape to spectra of cyclic lengths: along the last dimension, then the first."""
+
+    def steps(n: int) -> torch.Tensor:
+        return torch.arange(n, device=like.device)
+
+    # real to complex: rows of cosines, then rows of sines
+    cos, sin = _wave(steps(size[-1] // 2 + 1), steps(shape[-1]), size[-1], like)
+    matrices = [torch.cat([cos, -sin])]
+    if len(size) == 2:  # complex to complex: an entry is a row of real and a row of imaginary parts
+        cos, sin = _wave(steps(size[0]), steps(shape[0]), size[0], like)
+        matrices.append(torch.cat([torch.stack([cos, sin], 2).flatten(1), torch.stack([-sin, cos], 2).flatten(1)]))
+    return matrices
+
+
+def _inverse_matrices(
+    shape: Sequence[int], size: Sequence[int], left: Tuple[int, ...], like: torch.Tensor
+) -> _Matrices:
+    """Of the transform back, to the entries -left ... -left + shape - 1: along the last dimension, then the first."""
+
+    def steps(n: int) -> torch.Tensor:
+        return torch.arange(n, device=like.device)
+
+    bins = steps(size[-1] // 2 + 1)
+    cos, sin = _wave(steps(shape[-1]) - left[-1], bins, size[-1], like)
+    # a bin stands for its mirror image too, which the first and (of an even length) the last do not have
+    share = torch.where((bins == 0) | (2 * bins == size[-1]), 1.0, 2.0).to(like) / size[-1]
+    matrices = [torch.cat([cos * share, -sin * share], 1)]
+    if len(size) == 2:
+        cos, sin = _wave(steps(shape[0]) - left[0], steps(size[0]), size[0], like)
+        matrices.append(torch.stack([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)], 1).flatten(0, 1) / size[0])
+    return matrices
+
+
+def _transform(x: torch.Tensor, matrices: _Matrices) -> torch.Tensor:
     """(*spatial, A, B) -> planar spectrum (2, bins, A, B) of the real signals; half of it, as they are real."""
-    device = x.device
-    # along the last dimension, real to complex: rows of cosines, then rows of sines
-    n, bins = x.shape[-3], torch.arange(size[-1] // 2 + 1, device=device)
-    cos, sin = _wave(bins, torch.arange(n, device=device), size[-1], x)
-    along = torch.cat([cos, -sin])
+    along, n = matrices[0], x.shape[-3]
     x_f = torch.bmm(along.expand(x.shape[:-3].numel(), -1, -1), x.reshape(-1, n, x.shape[-2:].numel()))
-    if x.ndim == 4:  # along the first, complex to complex: an entry is a row of real and a row of imaginary parts
-        n = x.shape[0]
-        cos, sin = _wave(torch.arange(size[0], device=device), torch.arange(n, device=device), size[0], x)
-        across = torch.cat([torch.stack([cos, sin], 2).flatten(1), torch.stack([-sin, cos], 2).flatten(1)])
-        x_f = across @ x_f.reshape(2 * n, -1)
+    if x.ndim == 4:
+        x_f = matrices[1] @ x_f.reshape(2 * x.shape[0], -1)
     return x_f.reshape(2, -1, x.shape[-2], x.shape[-1])
 
 
-def _inverse(y_f: torch.Tensor, size: List[int], shape: List[int], left: Tuple[int, ...]) -> torch.Tensor:
-    """(2, bins, A, B) -> signals (*spatial, A * B): entries -left ... -left + shape - 1 of each dimension."""
-    device, columns = y_f.device, y_f.shape[-2:].numel()
-    bins = torch.arange(size[-1] // 2 + 1, device=device)
-    if len(size) == 2:
-        steps = torch.arange(shape[0], device=device) - left[0]
-        cos, sin = _wave(steps, torch.arange(size[0], device=device), size[0], y_f)
-        across = torch.stack([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)], 1).flatten(0, 1) / size[0]
-        y_f = across @ y_f.reshape(2 * size[0], -1)
-    cos, sin = _wave(torch.arange(shape[-1], device=device) - left[-1], bins, size[-1], y_f)
-    # a bin stands for its mirror image too, which the first and (of an even length) the last do not have
-    share = torch.where((bins == 0) | (2 * bins == size[-1]), 1.0, 2.0).to(y_f) / size[-1]
-    along = torch.cat([cos * share, -sin * share], 1)
-    y = torch.bmm(along.expand(math.prod(shape[:-1]), -1, -1), y_f.reshape(-1, 2 * len(bins), columns))
+def _inverse(y_f: torch.Tensor, matrices: _Matrices, shape: Sequence[int]) -> torch.Tensor:
+    """(2, bins, A, B) -> signals (*spatial, A * B)."""
+    along, columns = matrices[0], y_f.shape[-2:].numel()
+    if len(shape) == 2:
+        y_f = matrices[1] @ y_f.reshape(matrices[1].shape[1], -1)
+    y = torch.bmm(along.expand(math.prod(shape[:-1]), -1, -1), y_f.reshape(-1, along.shape[1], columns))
     return y.reshape(*shape, columns)
 
 

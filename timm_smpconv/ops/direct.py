@@ -5,7 +5,7 @@ from typing import Optional, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 
-from .context import is_trained, is_transformed
+from .context import Keep, is_trained, is_transformed
 
 __all__ = ['correlate']
 
@@ -18,6 +18,7 @@ def correlate(
     bias: Optional[torch.Tensor],
     left: Tuple[int, ...],
     depthwise: bool,
+    keep: Optional[Keep] = None,
 ) -> torch.Tensor:
     """See `fft.correlate` for the arguments."""
     if x.ndim == 3:

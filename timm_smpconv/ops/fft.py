@@ -4,13 +4,14 @@ Exact up to rounding for any kernel, at a cost that hardly depends on the number
 transformed in float32.
 """
 
+import math
 from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 
 from . import direct
-from .context import is_channels_last, is_trained
+from .context import Keep, is_channels_last, is_trained
 
 __all__ = ['correlate', 'count_parts', 'fast_len']
 
@@ -21,6 +22,7 @@ def correlate(
     bias: Optional[torch.Tensor],
     left: Tuple[int, ...],
     depthwise: bool,
+    keep: Optional[Keep] = None,
 ) -> torch.Tensor:
     """y[t] = bias + sum_k w[k] x[t + k - left] with x zero outside its support, for every t in it.
 
@@ -30,6 +32,7 @@ def correlate(
         bias: Bias, (O,), or None.
         left: Zeros to the left of the input, one number per spatial dimension.
         depthwise: One filter per channel.
+        keep: Keeps what is computed from the kernel alone, for a constant kernel in inference.
 
     Returns:
         Output, (B, O, *spatial), in the dtype of x.
@@ -37,7 +40,7 @@ def correlate(
     if x.shape[0] == 0:  # nothing to transform, which the oldest supported torch refuses
         return direct.correlate(x, weight, bias, left, depthwise)
     compute = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    y = _correlate_in_parts(x.to(compute), weight.to(compute), left, depthwise)
+    y = _correlate_in_parts(x.to(compute), weight.to(compute), left, depthwise, keep)
     if bias is not None:
         y = y + bias.to(compute).reshape(1, -1, *[1] * (y.ndim - 2))
     y = y.to(x.dtype)
@@ -92,36 +95,54 @@ def count_parts(batch: int, in_chs: int, out_chs: int, length: int, taps: int) -
     return best
 
 
-def _correlate_in_parts(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool) -> torch.Tensor:
+def _correlate_in_parts(
+    x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool, keep: Optional[Keep]
+) -> torch.Tensor:
     parts = 1
     if x.ndim == 3 and not depthwise:
         parts = count_parts(x.shape[0], x.shape[1], weight.shape[0], x.shape[2], weight.shape[2])
     if parts == 1:
-        return _apply(x, weight, left, x.shape[2:], depthwise)
+        return _apply(x, weight, left, x.shape[2:], depthwise, keep)
     length, taps = x.shape[2], weight.shape[2]
     outputs = -(-length // parts)
     x = F.pad(x, (left[0], parts * outputs + taps - 1 - left[0] - length))
     x = torch.stack([x.narrow(2, i * outputs, outputs + taps - 1) for i in range(parts)], 1)
-    y = _apply(x.flatten(0, 1), weight, (0,), (outputs,), depthwise)
+    y = _apply(x.flatten(0, 1), weight, (0,), (outputs,), depthwise, keep)
     return y.unflatten(0, (-1, parts)).transpose(1, 2).flatten(2)[..., :length]
 
 
 def _apply(
-    x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], outputs: Sequence[int], depthwise: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    left: Tuple[int, ...],
+    outputs: Sequence[int],
+    depthwise: bool,
+    keep: Optional[Keep],
 ) -> torch.Tensor:
     """The first outputs, as many as given for each spatial dimension, of a correlation with `left` zeros before x."""
     if is_trained(x, weight):
         return _Correlate.apply(x, weight, left, outputs, depthwise)
-    return _correlate(x, weight, left, outputs, depthwise)[0]
+    return _correlate(x, weight, left, outputs, depthwise, keep)[0]
 
 
 def _correlate(
-    x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], outputs: Sequence[int], depthwise: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    left: Tuple[int, ...],
+    outputs: Sequence[int],
+    depthwise: bool,
+    keep: Optional[Keep] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, List[int]]:
     """Output, spectrum of the input, conjugate spectrum of the kernel, and the cyclic lengths."""
     # lengths for which no wrapped entry meets an output that is kept
     size = [fast_len(max(n + p, m + k - 1 - p)) for n, m, k, p in zip(x.shape[2:], outputs, weight.shape[2:], left)]
-    x_f, w_c = _transform(x, size, depthwise), _transform(weight, size, depthwise, conj=True)
+    x_f = _transform(x, size, depthwise)
+    if keep is None:
+        w_c = _transform(weight, size, depthwise, conj=True)
+    else:
+        numbers = weight.shape[:2].numel() * math.prod(size[:-1]) * 2 * (size[-1] // 2 + 1)
+        key = ('fft', weight.shape, weight.dtype, *size)
+        w_c = keep(key, numbers, lambda: _transform(weight, size, depthwise, conj=True))
     y_f = x_f * w_c[:, 0] if depthwise else torch.bmm(x_f, w_c.mT)
     return _window(_inverse(y_f, size, depthwise), [-p for p in left], outputs), x_f, w_c, size
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 
 from . import dft, direct, fft, reference
-from .context import is_channels_last, is_exporting, is_transformed
+from .context import Keep, is_channels_last, is_exporting, is_transformed
 
 __all__ = [
     'available_backends',
@@ -138,13 +138,16 @@ def _taps_on_map(n: int, k: int, left: int) -> int:
 
 
 @register_notrace_function  # looks at shapes, which symbolic tracing cannot follow
-def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+def depthwise_conv2d(
+    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None, keep: Any = None
+) -> torch.Tensor:
     """Depthwise convolution with zero padding k // 2.
 
     Args:
         x: Input, (B, C, H, W).
         weight: Kernel, (C, 1, kh, kw), kh and kw odd.
         bias: Bias, (C,).
+        keep: A `Keep` for a constant kernel in inference, such as `layers.KernelCache` makes; not in TorchScript.
 
     Returns:
         Output, (B, C, H, W).
@@ -155,18 +158,21 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch
     if not torch.jit.is_scripting():
         _check('depthwise_conv2d', x, weight, bias, ndim=4, depthwise=True)
         if not is_exporting():
-            return _conv2d(x, weight, bias, True)
+            return _conv2d(x, weight, bias, True, keep)
     return F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2], groups=weight.shape[0])
 
 
 @register_notrace_function  # looks at shapes, which symbolic tracing cannot follow
-def conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+def conv2d(
+    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None, keep: Any = None
+) -> torch.Tensor:
     """Dense convolution with zero padding k // 2.
 
     Args:
         x: Input, (B, I, H, W).
         weight: Kernel, (O, I, kh, kw), kh and kw odd.
         bias: Bias, (O,).
+        keep: A `Keep` for a constant kernel in inference, such as `layers.KernelCache` makes; not in TorchScript.
 
     Returns:
         Output, (B, O, H, W).
@@ -177,18 +183,21 @@ def conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] =
     if not torch.jit.is_scripting():
         _check('conv2d', x, weight, bias, ndim=4, depthwise=False)
         if not is_exporting():
-            return _conv2d(x, weight, bias, False)
+            return _conv2d(x, weight, bias, False, keep)
     return F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2])
 
 
 @register_notrace_function  # looks at shapes, which symbolic tracing cannot follow
-def causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+def causal_conv1d(
+    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None, keep: Any = None
+) -> torch.Tensor:
     """Dense causal convolution: output t sees inputs <= t, the last tap multiplies the present sample.
 
     Args:
         x: Input, (B, I, L).
         weight: Kernel, (O, I, K), K of any parity and larger or smaller than L.
         bias: Bias, (O,).
+        keep: A `Keep` for a constant kernel in inference, such as `layers.KernelCache` makes; not in TorchScript.
 
     Returns:
         Output, (B, O, L).
@@ -200,7 +209,7 @@ def causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Te
         _check('causal_conv1d', x, weight, bias, ndim=3, depthwise=False)
         if not is_exporting():
             taps = min(weight.shape[2], max(x.shape[2], 1))
-            return _run(x, weight[..., weight.shape[2] - taps :], bias, (taps - 1,), False)
+            return _run(x, weight[..., weight.shape[2] - taps :], bias, (taps - 1,), False, keep)
     return F.conv1d(F.pad(x, [weight.shape[2] - 1, 0]), weight, bias)
 
 
@@ -213,12 +222,14 @@ def to_fast_format(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], depthwise: bool) -> torch.Tensor:
+def _conv2d(
+    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], depthwise: bool, keep: Optional[Keep]
+) -> torch.Tensor:
     for dim in (2, 3):
         half, reach = weight.shape[dim] // 2, max(x.shape[dim] - 1, 0)
         if half > reach:
             weight = weight.narrow(dim, half - reach, 2 * reach + 1)
-    return _run(x, weight, bias, (weight.shape[2] // 2, weight.shape[3] // 2), depthwise)
+    return _run(x, weight, bias, (weight.shape[2] // 2, weight.shape[3] // 2), depthwise, keep)
 
 
 def _run(
@@ -227,12 +238,15 @@ def _run(
     bias: Optional[torch.Tensor],
     left: Tuple[int, ...],
     depthwise: bool,
+    keep: Optional[Keep],
 ) -> torch.Tensor:
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # there is no autocast on meta
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+        if weight.dtype != dtype:
+            weight, keep = weight.to(dtype), None  # what is kept is that of the kernel before
+        x = x.to(dtype)
     correlate = _BACKENDS[_forced or choose_backend(x, weight, left, depthwise)]
-    return correlate(x, weight, None if bias is None else bias.to(x.dtype), left, depthwise)
+    return correlate(x, weight, None if bias is None else bias.to(x.dtype), left, depthwise, keep)
 
 
 def _check(

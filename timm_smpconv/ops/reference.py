@@ -6,6 +6,8 @@ from typing import Optional, Tuple
 import torch
 import torch.nn.functional as F
 
+from .context import Keep
+
 __all__ = ['correlate']
 
 
@@ -15,6 +17,7 @@ def correlate(
     bias: Optional[torch.Tensor],
     left: Tuple[int, ...],
     depthwise: bool,
+    keep: Optional[Keep] = None,
 ) -> torch.Tensor:
     """One shifted copy of the input per tap; see `fft.correlate` for the arguments."""
     taps = weight.shape[2:]

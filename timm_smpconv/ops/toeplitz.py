@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from . import direct
-from .context import is_channels_last, is_transformed
+from .context import Keep, is_channels_last, is_transformed
 
 __all__ = ['applies', 'correlate']
 
@@ -201,6 +201,7 @@ def correlate(
     bias: Optional[torch.Tensor],
     left: Tuple[int, ...],
     depthwise: bool,
+    keep: Optional[Keep] = None,
 ) -> torch.Tensor:
     """See `fft.correlate` for the arguments; what the kernels cannot take goes to the direct backend."""
     if not applies(x, depthwise) or not x.numel():
