@@ -105,6 +105,8 @@ def test_backends_agree(backend, dtype, op, batch, in_chs, out_chs, spatial, tap
         ('depthwise', 8, (14, 20), (6, 6)),
         ('depthwise', 4, (56, 40), (15, 15)),
         ('depthwise', 3, (7, 9), (15, 25)),  # kernel larger than the map
+        ('depthwise', 5, (17, 20), (5, 6)),  # few rows and columns, which have a rule of their own
+        ('depthwise', 32, (9, 16), (6, 5)),
         ('dense', 6, (32, 32), (16, 16)),
         ('causal', 5, (300,), (300,)),
         ('causal', 5, (120,), (161,)),

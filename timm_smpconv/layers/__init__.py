@@ -1,3 +1,4 @@
+from .cache import KernelCache as KernelCache
 from .conv import (
     CausalConv1d as CausalConv1d,
     LargeConv2d as LargeConv2d,
