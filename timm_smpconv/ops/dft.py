@@ -63,7 +63,8 @@ def _correlate(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], kee
     dims = list(range(2, x.ndim))
 
     def of_kernel() -> Tuple[torch.Tensor, _Matrices, _Matrices]:
-        w_f = _transform(weight.permute(*dims, 1, 0), _forward_matrices(taps, size, weight))
+        # filters before channels: the gradient comes back in an order that the product which rendered the kernel takes
+        w_f = _transform(weight.permute(*dims, 0, 1), _forward_matrices(taps, size, weight))
         return w_f, _forward_matrices(shape, size, weight), _inverse_matrices(shape, size, left, weight)
 
     if keep is None:
@@ -137,7 +138,8 @@ def _inverse(y_f: torch.Tensor, matrices: _Matrices, shape: Sequence[int]) -> to
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, sign_a: int, sign_b: int) -> torch.Tensor:
-    """Matrix products a b of planar complex (2, bins, *, *); a sign of -1 stands for the conjugate of its factor."""
+    """Matrix products a b^T of planar complex (2, bins, *, *); a sign of -1 stands for the conjugate of its factor."""
+    b = b.mT
     real = torch.baddbmm(torch.bmm(a[0], b[0]), a[1], b[1], alpha=-sign_a * sign_b)
     imag = torch.baddbmm(torch.bmm(a[0], b[1]), a[1], b[0], beta=sign_b, alpha=sign_a)
     return torch.stack([real, imag])
@@ -150,6 +152,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx, a: torch.Tensor, b: torch.Tensor, sign_a: int, sign_b: int) -> torch.Tensor:
         ctx.save_for_backward(a, b)
         ctx.signs = sign_a, sign_b
+        b = b.mT
         y = a.new_empty(2, a.shape[1], a.shape[2], b.shape[3])
         torch.bmm(a[0], b[0], out=y[0])
         torch.bmm(a[0], b[1], out=y[1])
@@ -165,5 +168,5 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_a = _Product.apply(grad, b.mT, sign_a, -sign_a * sign_b)
         if ctx.needs_input_grad[1]:
-            grad_b = _Product.apply(a.mT, grad, -sign_a * sign_b, sign_b)
+            grad_b = _Product.apply(grad.mT, a.mT, sign_b, -sign_a * sign_b)
         return grad_a, grad_b, None, None
