@@ -105,8 +105,6 @@ def test_backends_agree(backend, dtype, op, batch, in_chs, out_chs, spatial, tap
         ('depthwise', 8, (14, 20), (6, 6)),
         ('depthwise', 4, (56, 40), (15, 15)),
         ('depthwise', 3, (7, 9), (15, 25)),  # kernel larger than the map
-        ('depthwise', 5, (17, 20), (5, 6)),  # few rows and columns, which have a rule of their own
-        ('depthwise', 32, (9, 16), (6, 5)),
         ('dense', 6, (32, 32), (16, 16)),
         ('causal', 5, (300,), (300,)),
         ('causal', 5, (120,), (161,)),
@@ -124,6 +122,24 @@ def test_larger_shapes_in_all_dtypes(backend, dtype, op, channels, spatial, taps
     assert relative_error(got[0], wanted[0]) <= FORWARD[dtype]
     for a, b in zip(got[1:], wanted[1:]):
         assert relative_error(a, b) <= BACKWARD[dtype]
+
+
+@pytest.mark.parametrize('dtype, autocast', [(dtype, False) for dtype in FORWARD] + [(torch.float32, True)], ids=str)
+@pytest.mark.parametrize('channels', [5, 32])
+@pytest.mark.parametrize('size', [(6, 6), (4, 5), (6, 4)])
+def test_direct_depthwise_of_middle_size(size, channels, dtype, autocast):
+    """Rows and columns, 9 to 13 of them, for which the direct backend knows better than torch."""
+    x, weight, bias = make_case('depthwise', 2, channels, channels, (17, 20), size, dtype)
+    weight = weight / weight[0].numel() ** 0.5
+    with ops.use_backend('reference'):
+        wanted = with_gradients(ops.depthwise_conv2d, [a.double() for a in (x, weight, bias)])
+    with ops.use_backend('direct'), torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast):
+        got = with_gradients(ops.depthwise_conv2d, (x, weight, bias))
+    computed = torch.bfloat16 if autocast else dtype
+    assert got[0].dtype == computed
+    assert relative_error(got[0], wanted[0]) <= FORWARD[computed]
+    for a, b in zip(got[1:], wanted[1:]):
+        assert relative_error(a, b) <= BACKWARD[computed]
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
