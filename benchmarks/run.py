@@ -124,7 +124,7 @@ def on_backend(name: str, run: Run) -> Run:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A case: its paths by name, 'plain' first; each is built just before it is measured."""
+    """A case: its paths by name, 'plain' first; they are built just before they are measured."""
 
     name: str
     paths: Dict[str, Callable[[], Run]]
@@ -324,22 +324,24 @@ def cpu_cases() -> List[Case]:
     ]
 
 
-def measure(run: Run, repeats: int, seconds: float, device: str) -> float:
-    """Median seconds of several runs after one that warms up; at least two runs, however long they take."""
+def measure(
+    runs: Dict[str, Run], repeats: int, seconds: float, device: str, progress: Callable[[str], None]
+) -> Dict[str, float]:
+    """Median seconds of several runs of each path after one that warms up; at least two, however long they take.
 
-    def timed() -> float:
-        begin = time.perf_counter()
-        run()
-        if device == 'cuda':
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    start = time.perf_counter()
-    timed()
-    times: List[float] = []
-    while len(times) < 2 or (len(times) < repeats and time.perf_counter() - start < seconds):
-        times.append(timed())
-    return statistics.median(times)
+    The paths take turns, so that a machine that slows down or speeds up does so for all of them.
+    """
+    times: Dict[str, List[float]] = {path: [] for path in runs}
+    for _ in range(repeats + 1):
+        for path, run in runs.items():
+            progress(path)
+            if len(times[path]) < 3 or sum(times[path]) < seconds:
+                begin = time.perf_counter()
+                run()
+                if device == 'cuda':
+                    torch.cuda.synchronize()
+                times[path].append(time.perf_counter() - begin)
+    return {path: statistics.median(values[1:]) for path, values in times.items()}
 
 
 def peak_memory(case: str, path: str, threads: int, device: str) -> float:
@@ -397,22 +399,27 @@ def main() -> None:
     )
     print('| case | path | ms | plain / path | peak MiB | goal |\n|---|---|---|---|---|---|')
     rows = []
-    bar = tqdm(total=sum(len(c.paths) for c in cases), unit='path')
+    bar = tqdm(total=sum(len(c.paths) for c in cases) * (args.repeats + 1), unit='run')
     for case in cases:
-        plain = None
-        for path, build in case.paths.items():
+
+        def progress(path: str, case: Case = case) -> None:
             bar.set_description(f'{case.name} {path}')
+            bar.update()
+
+        runs = {}
+        for path, build in case.paths.items():
             torch.manual_seed(0)
-            seconds = measure(build(), args.repeats, args.seconds, args.device)
-            plain = plain or seconds
-            row = dict(case=case.name, path=path, ms=f'{seconds * 1e3:.1f}', ratio=f'{plain / seconds:.2f}', mib='')
+            runs[path] = build()
+        medians = measure(runs, args.repeats, args.seconds, args.device, progress)
+        for path, seconds in medians.items():
+            ratio = medians['plain'] / seconds
+            row = dict(case=case.name, path=path, ms=f'{seconds * 1e3:.1f}', ratio=f'{ratio:.2f}', mib='')
             if args.memory:
                 row['mib'] = f'{peak_memory(case.name, path, args.threads, args.device):.0f}'
             row['goal'] = case.goal if path == 'chosen' else ''
             rows.append(row)
             tqdm.write('| ' + ' | '.join(row.values()) + ' |', file=sys.stdout)
             sys.stdout.flush()
-            bar.update()
     bar.close()
     if args.csv:
         part = f'{args.csv}.part'
