@@ -77,6 +77,10 @@ def _correlate(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], kee
     return _inverse(y_f, inverse, shape).unflatten(-1, (x.shape[0], weight.shape[0]))
 
 
+def _steps(like: torch.Tensor, n: int) -> torch.Tensor:
+    return torch.arange(n, device=like.device)
+
+
 def _wave(
     rows: torch.Tensor, columns: torch.Tensor, size: int, like: torch.Tensor
 ) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -87,15 +91,11 @@ def _wave(
 
 def _forward_matrices(shape: Sequence[int], size: Sequence[int], like: torch.Tensor) -> _Matrices:
     """Of the transform of signals of a shape to spectra of cyclic lengths: along the last dimension, then the first."""
-
-    def steps(n: int) -> torch.Tensor:
-        return torch.arange(n, device=like.device)
-
     # real to complex: rows of cosines, then rows of sines
-    cos, sin = _wave(steps(size[-1] // 2 + 1), steps(shape[-1]), size[-1], like)
+    cos, sin = _wave(_steps(like, size[-1] // 2 + 1), _steps(like, shape[-1]), size[-1], like)
     matrices = [torch.cat([cos, -sin])]
     if len(size) == 2:  # complex to complex: an entry is a row of real and a row of imaginary parts
-        cos, sin = _wave(steps(size[0]), steps(shape[0]), size[0], like)
+        cos, sin = _wave(_steps(like, size[0]), _steps(like, shape[0]), size[0], like)
         matrices.append(torch.cat([torch.stack([cos, sin], 2).flatten(1), torch.stack([-sin, cos], 2).flatten(1)]))
     return matrices
 
@@ -104,17 +104,13 @@ def _inverse_matrices(
     shape: Sequence[int], size: Sequence[int], left: Tuple[int, ...], like: torch.Tensor
 ) -> _Matrices:
     """Of the transform back, to the entries -left ... -left + shape - 1: along the last dimension, then the first."""
-
-    def steps(n: int) -> torch.Tensor:
-        return torch.arange(n, device=like.device)
-
-    bins = steps(size[-1] // 2 + 1)
-    cos, sin = _wave(steps(shape[-1]) - left[-1], bins, size[-1], like)
+    bins = _steps(like, size[-1] // 2 + 1)
+    cos, sin = _wave(_steps(like, shape[-1]) - left[-1], bins, size[-1], like)
     # a bin stands for its mirror image too, which the first and (of an even length) the last do not have
     share = torch.where((bins == 0) | (2 * bins == size[-1]), 1.0, 2.0).to(like) / size[-1]
     matrices = [torch.cat([cos * share, -sin * share], 1)]
     if len(size) == 2:
-        cos, sin = _wave(steps(shape[0]) - left[0], steps(size[0]), size[0], like)
+        cos, sin = _wave(_steps(like, shape[0]) - left[0], _steps(like, size[0]), size[0], like)
         matrices.append(torch.stack([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)], 1).flatten(0, 1) / size[0])
     return matrices
 
