@@ -21,10 +21,14 @@ import timm_smpconv  # noqa: F401  (registers the models)
 settings.register_profile('smpconv', deadline=None, max_examples=40, derandomize=True)
 settings.load_profile('smpconv')
 
-ALL_MODELS = timm.list_models('smpconv*')
+ALL_MODELS = timm.list_models(['pelk*', 'smpconv*'])
 
 # what takes seconds to build or render is smaller in contract tests; the parity tests use the full sizes
 SMALLER = {
+    'pelk_base': dict(depths=(1, 1, 2, 1), dims=(64, 128, 256, 512)),
+    'pelk_base_101': dict(depths=(1, 1, 1, 1), dims=(32, 64, 128, 256)),
+    'pelk_small': dict(depths=(1, 2, 3, 1), dims=(48, 96, 192, 384)),
+    'pelk_tiny': dict(depths=(1, 1, 3, 1)),
     'smpconv_base': dict(depths=(1, 1, 2, 1), dims=(64, 128, 256, 512)),
     'smpconv_tiny': dict(depths=(1, 1, 3, 1)),
     'smpconv_seq_speech_raw': dict(kernel_size=200, radius=0.02),

@@ -18,8 +18,13 @@ from timm_smpconv.layers import SMPKernel
 SEQUENCES = [name for name in ALL_MODELS if '_seq_' in name]
 IMAGES = [name for name in ALL_MODELS if name not in SEQUENCES]
 IMAGENET = [name for name in IMAGES if timm.get_pretrained_cfg(name).num_classes == 1000]
+PAPERS = {'pelk': ('2403.07589', 'PeLK'), 'smpconv': ('2304.02330', 'SMPConv')}
 # classes, input size and default tag of each model
 TABLE = {
+    'pelk_tiny': (1000, (3, 224, 224), 'in1k'),
+    'pelk_small': (1000, (3, 224, 224), 'in1k'),
+    'pelk_base': (1000, (3, 224, 224), 'in1k'),
+    'pelk_base_101': (1000, (3, 384, 384), 'in1k'),
     'smpconv_tiny': (1000, (3, 224, 224), 'in1k'),
     'smpconv_base': (1000, (3, 224, 224), 'in1k'),
     'smpconv_mobile31': (1000, (3, 224, 224), 'in1k'),
@@ -34,6 +39,7 @@ TABLE = {
 }
 # small versions for what takes long: compile, export, script
 SMALL = {
+    'pelk_tiny': dict(depths=(1, 1), dims=(8, 16), kernel_sizes=(13, 7), num_classes=5),
     'smpconv_mobile31': dict(depths=(1, 1), dims=(8, 16), kernel_sizes=(9, 7), num_classes=5),
     'smpconv_cifar': dict(dims=(6, 6, 8), kernel_size=9, num_points=4),
     'smpconv_seq_mnist': dict(depth=2, dim=6, kernel_size=100, num_points=5, radius=0.05),
@@ -53,7 +59,12 @@ def small_model(name, **kwargs):
 
 
 def small_input(name, batch=2):
-    return torch.randn(batch, 3, 32, 48) if name == 'smpconv_mobile31' else make_input(name, batch)
+    return torch.randn(batch, 3, 32, 48) if name in IMAGENET else make_input(name, batch)
+
+
+def head_norm(model):
+    """The norm behind the pooling, which some families have."""
+    return getattr(model.head, 'norm', nn.Identity())
 
 
 # --- registry and configuration -----------------------------------------------------------------------------------
@@ -63,7 +74,7 @@ def test_registered():
     assert set(TABLE) <= set(ALL_MODELS)
     for name, (num_classes, size, tag) in TABLE.items():
         assert timm.is_model(name)
-        assert f'{name}.{tag}' in timm.list_models('smpconv*', pretrained=False, include_tags=True)
+        assert f'{name}.{tag}' in timm.list_models(f'{name}*', pretrained=False, include_tags=True)
         cfg = timm.get_pretrained_cfg(name)
         assert (cfg.num_classes, tuple(cfg.input_size), cfg.tag) == (num_classes, size, tag)
         assert timm.create_model(f'{name}.{tag}', device='meta').num_classes == num_classes
@@ -83,8 +94,9 @@ def test_pretrained_cfg(name):
     assert cfg['num_classes'] == model.num_classes
     assert cfg['interpolation'] in ('bilinear', 'bicubic', 'random')
     assert 0 < cfg['crop_pct'] <= 1
-    assert cfg['license'] == 'mit' and '2304.02330' in str(cfg['paper_ids'])
-    assert cfg['paper_name'].startswith('SMPConv') and cfg['origin_url'].startswith('https://')
+    paper, title = PAPERS[name.partition('_')[0]]
+    assert cfg['license'] == 'mit' and paper in str(cfg['paper_ids'])
+    assert cfg['paper_name'].startswith(title) and cfg['origin_url'].startswith('https://')
     assert cfg['description']
     classifier = model.get_submodule(cfg['classifier'])
     assert isinstance(classifier, nn.Linear) and classifier is model.get_classifier()
@@ -142,7 +154,7 @@ def test_reset_classifier(name, model, x):
     model.reset_classifier(0)
     assert torch.equal(model(x), pooled)
     model.reset_classifier(0, '')
-    assert torch.equal(model(x), model.forward_features(x))
+    assert torch.equal(model(x), head_norm(model)(model.forward_features(x)))
     model.reset_classifier(3, 'avg')
     assert tuple(model(x).shape) == (2, 3)
     model = model.double()
@@ -155,10 +167,11 @@ def test_global_pool(name, model, x):
     features = model.forward_features(x)
     average = build(name, global_pool='avg').eval()
     average.load_state_dict(model.state_dict())
-    assert relative_error(average.forward_head(features, pre_logits=True), features.flatten(2).mean(2)) < 1e-5
+    mean = head_norm(average)(features.flatten(2).mean(2)[..., None, None]).flatten(1)
+    assert relative_error(average.forward_head(features, pre_logits=True), mean) < 1e-5
     none = build(name, global_pool='', num_classes=0).eval()
-    none.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith('head.')})
-    assert torch.equal(none(x), features)
+    none.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith('head.fc.')})
+    assert torch.equal(none(x), head_norm(none)(features))
     with pytest.raises((ValueError, AssertionError)):
         build(name, global_pool='nonsense')(x)
 
@@ -269,7 +282,7 @@ def test_grad_checkpointing_recomputes(name, model, x):
     """Not just a flag: the kernels are rendered again in the backward pass."""
     calls = []
     for module in model.modules():
-        if type(module).__name__ in ('SMPConv1d', 'SMPConv2d'):
+        if type(module).__name__ in ('PeripheralConv2d', 'SMPConv1d', 'SMPConv2d'):
             module.register_forward_hook(lambda *args: calls.append(1))
     model.train()
     model.set_grad_checkpointing()
@@ -286,7 +299,8 @@ def test_no_weight_decay(name):
     assert exempt and exempt <= set(names)
     kernels = [key for key, m in model.named_modules() if isinstance(m, SMPKernel)]
     own = {f'{k}.{p}' for k in kernels for p, _ in model.get_submodule(k).named_parameters()}
-    assert exempt == {key for key in own if not key.endswith('.weights')}
+    embeddings = {key for key in names if key.endswith('.pos_embed')}
+    assert exempt == {key for key in own if not key.endswith('.weights')} | embeddings
 
 
 def test_weight_decay_of_the_optimizer(name):
@@ -301,8 +315,10 @@ def test_weight_decay_of_the_optimizer(name):
         for key, _ in module.named_parameters(recurse=False):
             if isinstance(module, SMPKernel):
                 decay = key == 'weights'
+            elif isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)):
+                decay = False
             else:
-                decay = key != 'bias' and not isinstance(module, nn.modules.batchnorm._BatchNorm)
+                decay = key not in ('bias', 'gamma', 'pos_embed')
             if decay:
                 wanted.add(f'{module_name}.{key}')
     assert decayed == wanted
@@ -339,15 +355,17 @@ def test_layer_decay(name, x):
 
 
 def test_drop_path_rates(name):
-    """Linear from 0 over the blocks; in the ImageNet networks over the pairs, both blocks of a pair alike."""
+    """Linear from 0 over the blocks; in the ImageNet networks of SMPConv over pairs, both blocks of a pair alike."""
     rate = 0.3
     model = build(name, drop_path_rate=rate, device='meta')
     if name in IMAGENET:
         found = []
         for stage in model.stages:
             blocks = [getattr(block.drop_path, 'drop_prob', 0.0) for block in stage.blocks]
-            assert blocks[::2] == blocks[1::2]
-            found += blocks[::2]
+            if name.startswith('smpconv'):
+                assert blocks[::2] == blocks[1::2]
+                blocks = blocks[::2]
+            found += blocks
     else:
         found = [getattr(block.drop_path, 'drop_prob', 0.0) for block in model.stages]
     wanted = [rate * i / (len(found) - 1) for i in range(len(found))]

@@ -37,7 +37,17 @@ def test_upstream_model_tests(timm_tests):
     # without hub access, weights that are not bundled cannot load: models without weights are not listed as pretrained
     env = {**os.environ, 'TORCH_BACKEND': 'timm_smpconv', 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1'}
     result = subprocess.run(
-        [sys.executable, '-m', 'pytest', 'tests/test_models.py', '-k', 'smpconv', '-q', '-p', 'no:cacheprovider'],
+        [
+            sys.executable,
+            '-m',
+            'pytest',
+            'tests/test_models.py',
+            '-k',
+            'smpconv or pelk',
+            '-q',
+            '-p',
+            'no:cacheprovider',
+        ],
         cwd=timm_tests,
         env=env,
         capture_output=True,

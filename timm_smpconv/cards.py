@@ -1,6 +1,6 @@
 """Texts made from the table of weights: the model table of the documents, and a card for each model on the Hub."""
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from torch import nn
 
@@ -8,15 +8,41 @@ from .catalog import describe_models
 from .classes import CLASS_NAMES
 from .weights import WEIGHTS, Weights, hub_repo, wilson
 
-__all__ = ['CITATION', 'evaluation_table', 'file_table', 'model_card', 'model_table', 'replace_section']
+__all__ = ['evaluation_table', 'file_table', 'model_card', 'model_table', 'replace_section']
 
-CITATION = """\
+
+class _Family(NamedTuple):
+    """What a card says of all networks whose names begin alike."""
+
+    what: str
+    deployment: str
+    citation: str
+
+
+_FAMILIES = {
+    'smpconv': _Family(
+        'An SMPConv network: convolution kernels are continuous functions of points that move in training.',
+        'points become plain dense kernels: same output, faster',
+        """\
 @inproceedings{kim2023smpconv,
   title = {SMPConv: Self-moving Point Representations for Continuous Convolution},
   author = {Kim, Sanghyeon and Park, Eunbyung},
   booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
   year = {2023}
-}"""
+}""",
+    ),
+    'pelk': _Family(
+        'A PeLK network: the taps of very large kernels share parameters, the more the farther from the centre.',
+        'shared parameters become plain dense kernels: same output, faster',
+        """\
+@inproceedings{chen2024pelk,
+  title = {PeLK: Parameter-efficient Large Kernel ConvNets with Peripheral Convolution},
+  author = {Chen, Honghao and Chu, Xiangxiang and Ren, Yongjian and Zhao, Xin and Huang, Kaiqi},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year = {2024}
+}""",
+    ),
+}
 
 # by the tag of the weights: data sets as the Hub names them
 _DATASETS = {
@@ -125,6 +151,8 @@ def model_card(
         Markdown.
     """
     architecture, _, tag = name.partition('.')
+    prefix = architecture.partition('_')[0]
+    family = _FAMILIES[prefix]
     cfg = model.pretrained_cfg
     weights = WEIGHTS.get(name)
     own = weights is not None and provenance is None
@@ -132,7 +160,7 @@ def model_card(
     task = _TASKS.get(tag, 'image-classification')
     images = task == 'image-classification'
     meta = ['---', f'license: {cfg.get("license") or "mit"}', 'library_name: timm', f'pipeline_tag: {task}', 'tags:']
-    meta += [f'- {t}' for t in (task, 'timm', 'timm_smpconv', 'smpconv')]
+    meta += [f'- {t}' for t in (task, 'timm', 'timm_smpconv', prefix)]
     if tag in _DATASETS and known:
         meta += ['datasets:', f'- {_DATASETS[tag]}']
     meta.append('---')
@@ -144,8 +172,7 @@ def model_card(
         *meta,
         f'# {name}',
         '',
-        f'An SMPConv network: convolution kernels are continuous functions of points that move in training. '
-        f'{params:,} parameters, {model.num_classes} classes, input (batch, {shape}).',
+        f'{family.what} {params:,} parameters, {model.num_classes} classes, input (batch, {shape}).',
         '',
     ]
     lines += [
@@ -170,7 +197,7 @@ def model_card(
     lines += [
         f'x = torch.randn(1, {shape})',
         f'probabilities = model(x).softmax(1)  # (1, {model.num_classes})',
-        'model.reparameterize()  # points become plain dense kernels: same output, faster',
+        f'model.reparameterize()  # {family.deployment}',
         '```',
         '',
     ]
@@ -239,7 +266,7 @@ def model_card(
         f'{(cfg.get("license") or "mit").upper()}.',
         '',
         '```bibtex',
-        CITATION,
+        family.citation,
         '```',
     ]
     return '\n'.join(lines) + '\n'

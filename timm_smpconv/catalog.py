@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from .layers import SMPConv1d, SMPConv2d
+from .layers import PeripheralConv2d, SMPConv1d, SMPConv2d
 from .weights import WEIGHTS
 
 __all__ = ['ModelInfo', 'count_macs', 'describe_models', 'model_names']
@@ -48,13 +48,14 @@ class ModelInfo:
 
 
 def model_names() -> List[str]:
-    """Registered models of this package, and of no other one that may share their prefix."""
+    """Registered models of this package, and of no other one that may share their prefixes."""
     package = __package__ + '.'
-    return [name for name in timm.list_models('smpconv*') if timm.model_entrypoint(name).__module__.startswith(package)]
+    names = timm.list_models(['pelk*', 'smpconv*'])
+    return [name for name in names if timm.model_entrypoint(name).__module__.startswith(package)]
 
 
 def count_macs(model: nn.Module, input_size: Tuple[int, ...]) -> int:
-    """Multiply-adds of all convolutions for one input, in the convention of the paper.
+    """Multiply-adds of all convolutions, and linear layers between them, for one input, as the papers count.
 
     Both branches of a two-branch block count, and all taps of a kernel, also those that only meet padding. Rendering
     the kernels (nothing once deployed) and the linear classifier do not count.
@@ -70,14 +71,16 @@ def count_macs(model: nn.Module, input_size: Tuple[int, ...]) -> int:
 
     def count(module: nn.Module, _: Tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         nonlocal macs
-        if isinstance(module, (SMPConv1d, SMPConv2d)):
+        if isinstance(module, rendered):
             taps = module.kernel.in_chs * math.prod(module.kernel.kernel_size)
         else:
             taps = module.weight[0].numel()
         macs += output.numel() * taps
 
-    convs = [m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, SMPConv1d, SMPConv2d))]
-    handles = [conv.register_forward_hook(count) for conv in convs]
+    rendered = (PeripheralConv2d, SMPConv1d, SMPConv2d)
+    counted = (nn.Conv1d, nn.Conv2d, nn.Linear, *rendered)
+    layers = [m for m in model.modules() if isinstance(m, counted) and m is not model.get_classifier()]
+    handles = [layer.register_forward_hook(count) for layer in layers]
     training = model.training
     try:
         with torch.no_grad():

@@ -75,6 +75,10 @@ WEIGHTS: Dict[str, Weights] = {
     'smpconv_base.in1k': Weights('ImageNet-1k', 83.8, authors_file='16gd2KFnK1fgdEpOulnCYo2KaPl547zT9'),
     'smpconv_mobile31.in1k': Weights('ImageNet-1k', 73.5),
     'smpconv_mobile51.in1k': Weights('ImageNet-1k', 73.7),
+    'pelk_tiny.in1k': Weights('ImageNet-1k', 82.6),
+    'pelk_small.in1k': Weights('ImageNet-1k', 83.9),
+    'pelk_base.in1k': Weights('ImageNet-1k', 84.2),
+    'pelk_base_101.in1k': Weights('ImageNet-1k', 85.8),
     'smpconv_cifar.c10': Weights(
         'CIFAR-10',
         93.00,

@@ -2,11 +2,13 @@ from .cache import KernelCache as KernelCache
 from .conv import (
     CausalConv1d as CausalConv1d,
     LargeConv2d as LargeConv2d,
+    PeripheralConv2d as PeripheralConv2d,
     SMPConv1d as SMPConv1d,
     SMPConv2d as SMPConv2d,
 )
 from .kernel import SMPKernel as SMPKernel
 from .parts import by_parts as by_parts
+from .peripheral import PeripheralKernel as PeripheralKernel, sharing_grid as sharing_grid
 from .rep import (
     AffineNorm as AffineNorm,
     ConvNorm as ConvNorm,

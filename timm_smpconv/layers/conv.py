@@ -10,8 +10,9 @@ from torch.nn.utils import skip_init
 from .. import ops
 from .cache import KernelCache, ValueCache
 from .kernel import SMPKernel
+from .peripheral import PeripheralKernel
 
-__all__ = ['CausalConv1d', 'LargeConv2d', 'SMPConv1d', 'SMPConv2d']
+__all__ = ['CausalConv1d', 'LargeConv2d', 'PeripheralConv2d', 'SMPConv1d', 'SMPConv2d']
 
 _LONG = 64  # taps from which it pays to look for zeros
 
@@ -264,6 +265,100 @@ class SMPConv1d(nn.Module):
         conv = skip_init(CausalConv1d, in_chs, out_chs, taps, device=weight.device, dtype=weight.dtype)
         conv.weight.data = weight
         return conv
+
+
+@register_notrace_module
+class PeripheralConv2d(nn.Module):
+    """Peripheral convolution (PeLK): a 2D convolution whose outer taps share parameters, stride 1, zero padding k // 2.
+
+    A positional embedding h of the kernel tells the taps of a cell apart (section 4.2):
+
+        y(p) = bias + sum_q w(q) (x(p + q) + h(q))
+
+    As written, for zeros of the padding too, it adds sum_q w(q) h(q) to the bias of a filter, and deploys as that.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int,
+        groups: int = 1,
+        bias: bool = True,
+        center_size: int = 5,
+        base: int = 2,
+        grid: Optional[Sequence[int]] = None,
+        small_kernel_size: int = 5,
+        device=None,
+        dtype=None,
+    ):
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            kernel_size: Taps in each dimension, odd.
+            groups: 1 for a dense convolution, in_chs = out_chs for a depthwise one.
+            bias: Add a bias.
+            center_size, base, grid, small_kernel_size: See `PeripheralKernel`.
+
+        Raises:
+            ValueError: An even kernel size, channels that do not fit, or a grid that does not.
+        """
+        super().__init__()
+        _check_conv2d(in_chs, out_chs, (kernel_size, kernel_size), groups)
+        self.depthwise = groups > 1 or in_chs == out_chs == 1
+        self.kernel = PeripheralKernel(
+            1 if self.depthwise else in_chs,
+            out_chs,
+            kernel_size,
+            center_size=center_size,
+            base=base,
+            grid=grid,
+            small_kernel_size=small_kernel_size,
+            device=device,
+            dtype=dtype,
+        )
+        self.bias = nn.Parameter(torch.zeros(out_chs, device=device, dtype=dtype)) if bias else None
+        self._kept = KernelCache()
+
+    def forward(self, x: torch.Tensor, pos_embed: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """(B, in_chs, H, W), and the embedding (in_chs, k, k) or None -> (B, out_chs, H, W)."""
+        kernel = self.kernel.for_convolution()
+        bias = self._total_bias(kernel, pos_embed)
+        keep = None if torch.jit.is_scripting() else self._kept.keep(kernel)
+        if self.depthwise:
+            return ops.depthwise_conv2d(x, kernel, bias, keep)
+        return ops.conv2d(x, kernel, bias, keep)
+
+    def _total_bias(self, kernel: torch.Tensor, pos_embed: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+        if pos_embed is None:
+            return self.bias
+        embedding = pos_embed.unsqueeze(1) if self.depthwise else pos_embed.unsqueeze(0)
+        offset = (kernel * embedding).sum([1, 2, 3])
+        return offset if self.bias is None else self.bias + offset
+
+    @torch.jit.unused
+    def fuse(self, pos_embed: Optional[torch.Tensor] = None) -> nn.Module:
+        """The equivalent plain convolution, dense taps and a bias."""
+        with torch.no_grad():
+            weight = self.kernel()
+            # in float64, so that the sum over thousands of taps adds no rounding of its own
+            embedding = None if pos_embed is None else pos_embed.double()
+            bias = self._total_bias(weight.double(), embedding)
+            conv = skip_init(
+                LargeConv2d,
+                weight.shape[0] if self.depthwise else weight.shape[1],
+                weight.shape[0],
+                weight.shape[2:],
+                groups=weight.shape[0] if self.depthwise else 1,
+                bias=bias is not None,
+                device=weight.device,
+                dtype=weight.dtype,
+            )
+            conv.weight.data = weight
+            if bias is not None:
+                conv.bias.data = bias.to(weight.dtype)
+        return conv.train(self.training)
 
 
 def _check_conv2d(in_chs: int, out_chs: int, kernel_size: Tuple[int, ...], groups: int) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..layers import SMPKernel
 
-__all__ = ['SMPConvBase', 'check_input']
+__all__ = ['LargeKernelNet', 'check_input']
 
 
 @register_notrace_function
@@ -32,7 +32,7 @@ def check_input(x: torch.Tensor, in_chans: int, sequence: bool) -> torch.Tensor:
     return x
 
 
-class SMPConvBase(nn.Module):
+class LargeKernelNet(nn.Module):
     """Base of all networks: subclasses build `stem`, `stages`, `norm`, `head`, `feature_info` and `num_features`."""
 
     def __init__(self, num_classes: int, in_chans: int, sequence: bool = False):
@@ -61,8 +61,8 @@ class SMPConvBase(nn.Module):
         self.head = nn.Identity()
 
     @torch.jit.ignore
-    def reparameterize(self) -> 'SMPConvBase':
-        """Bakes the moving points into dense kernels and folds norms and small branches, in place.
+    def reparameterize(self) -> 'LargeKernelNet':
+        """Renders all kernels and folds norms, small branches and scales into them, in place.
 
         What is left are plain convolutions, linear layers and activations, with the same outputs up to rounding.
         Harmless the second time.
@@ -75,8 +75,7 @@ class SMPConvBase(nn.Module):
         """
         if self.training:
             raise RuntimeError(
-                f'{type(self).__name__} cannot be reparameterized in train mode, where its batch norms use batch '
-                f'statistics: call model.eval() first.'
+                f'{type(self).__name__} cannot be reparameterized in train mode: call model.eval() first.'
             )
         return reparameterize_model(self, inplace=True)
 

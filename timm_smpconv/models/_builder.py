@@ -7,7 +7,7 @@ import torch
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 
 from ..weights import WEIGHTS, bundled_path
-from ._base import SMPConvBase
+from ._base import LargeKernelNet
 
 __all__ = ['build', 'cfg']
 
@@ -32,10 +32,10 @@ def cfg(name: str, **kwargs: Any) -> Dict[str, Any]:
 
 
 def build(
-    model_cls: Type[SMPConvBase],
+    model_cls: Type[LargeKernelNet],
     variant: str,
     pretrained: bool,
-    filter_fn: Callable[[Dict[str, Any], SMPConvBase], Dict[str, torch.Tensor]],
+    filter_fn: Callable[[Dict[str, Any], LargeKernelNet], Dict[str, torch.Tensor]],
     num_stages: int,
     **kwargs: Any,
 ) -> torch.nn.Module:
@@ -63,13 +63,13 @@ def build(
     loading = {**resolved, 'source': '', 'file': str(weights)} if weights else resolved
     model_args: Dict[str, Any] = {}
 
-    def construct(**args: Any) -> SMPConvBase:
+    def construct(**args: Any) -> LargeKernelNet:
         model_args.update(args)
         return model_cls(**args)
 
-    def load(state_dict: Dict[str, Any], model: SMPConvBase) -> Dict[str, torch.Tensor]:
+    def load(state_dict: Dict[str, Any], model: LargeKernelNet) -> Dict[str, torch.Tensor]:
         state_dict = filter_fn(state_dict, model)
-        if model_args.get('inference_mode') and any(key.endswith('.radius_offset') for key in state_dict):
+        if model_args.get('inference_mode') and any(key.endswith('.kernel.weights') for key in state_dict):
             return _deploy(state_dict, model_cls(**{**model_args, 'inference_mode': False}))
         return state_dict
 
@@ -88,7 +88,7 @@ def build(
     return model
 
 
-def _deploy(state_dict: Dict[str, torch.Tensor], model: SMPConvBase) -> Dict[str, torch.Tensor]:
+def _deploy(state_dict: Dict[str, torch.Tensor], model: LargeKernelNet) -> Dict[str, torch.Tensor]:
     """Weights of a network in training form, as the deployed form stores them."""
     own = model.state_dict()
     # a classifier for other classes is dropped by timm once the filter function has returned

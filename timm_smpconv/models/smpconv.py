@@ -10,7 +10,7 @@ from torch import nn
 
 from ..layers import AffineNorm, ConvNorm, RepSMPConv2d, by_parts, fold_norm_into_next
 from ..ops import to_fast_format
-from ._base import SMPConvBase
+from ._base import LargeKernelNet
 from ._builder import build, cfg
 from ._checkpoint import adapt_input_channels, convert_reference
 
@@ -175,7 +175,7 @@ class SMPConvStage(nn.Module):
         return self.blocks(x)
 
 
-class SMPConv(SMPConvBase):
+class SMPConv(LargeKernelNet):
     """SMPConv image classification network."""
 
     def __init__(

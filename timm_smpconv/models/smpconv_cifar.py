@@ -9,7 +9,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import nn
 
 from ..layers import RepSMPConv2d
-from ._base import SMPConvBase
+from ._base import LargeKernelNet
 from ._builder import build, cfg
 from ._checkpoint import adapt_input_channels, convert_reference
 
@@ -63,7 +63,7 @@ class ResidualBlock(nn.Module):
         return self._forward(x)
 
 
-class SMPConvCifar(SMPConvBase):
+class SMPConvCifar(LargeKernelNet):
     """SMPConv network for small images; feature maps keep the resolution of the input."""
 
     def __init__(

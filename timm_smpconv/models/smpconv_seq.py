@@ -10,7 +10,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model, regis
 from torch import nn
 
 from ..layers import RepSMPConv1d
-from ._base import SMPConvBase
+from ._base import LargeKernelNet
 from ._builder import build, cfg
 from ._checkpoint import adapt_input_channels, convert_reference
 
@@ -157,7 +157,7 @@ class SequenceHead(nn.Module):
         return x if pre_logits else self.fc(x)
 
 
-class SMPConvSeq(SMPConvBase):
+class SMPConvSeq(LargeKernelNet):
     """SMPConv network for sequences (B, C, L), or for images (B, C, H, W) read row by row.
 
     Feature maps keep the layout of the input. The kernels keep their number of taps whatever the length of the input.

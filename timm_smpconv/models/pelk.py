@@ -1,0 +1,364 @@
+"""PeLK ImageNet networks: peripheral convolution with kernels of up to 101 x 101 taps (CVPR 2024).
+
+There is neither code nor are there weights of the authors: what follows is the paper (arXiv:2403.07589). It leaves open
+whether norms follow the convolutions of a block. Here, as in ConvNeXt, none does before the layer norm of the block: a
+batch norm would undo the positional embedding, whose effect is a constant for each channel. The paper trains with the
+dynamic sparsity of SLaK (1.3 times as wide, 40 % of the large kernels zero), which is a matter of the training script:
+these are the dense networks at ConvNeXt's widths.
+"""
+
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    DropPath,
+    LayerNorm,
+    LayerNorm2d,
+    Mlp,
+    NormMlpClassifierHead,
+    calculate_drop_path_rates,
+    trunc_normal_,
+)
+from timm.models import checkpoint, generate_default_cfgs, register_model
+from torch import nn
+
+from ..layers import PeripheralConv2d, by_parts
+from ..ops import to_fast_format
+from ._base import LargeKernelNet
+from ._builder import build, cfg
+from ._checkpoint import adapt_input_channels, unwrap_checkpoint
+
+__all__ = ['PeLK']
+
+_PAPER = dict(
+    paper_ids='arXiv:2403.07589',
+    paper_name='PeLK: Parameter-efficient Large Kernel ConvNets with Peripheral Convolution',
+    origin_url='https://arxiv.org/abs/2403.07589',
+)
+
+
+class PeLKBlock(nn.Module):
+    """ConvNeXt block on a partial peripheral convolution: x + drop_path(gamma * mlp(norm(cat(conv(x[:g]), x[g:]))))."""
+
+    __constants__ = ['embedded', 'num_conv']
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        center_size: int = 5,
+        small_kernel_size: int = 5,
+        conv_ratio: float = 3 / 8,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        ls_init_value: float = 1e-6,
+        embedded: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        """
+        Args:
+            dim: Channels.
+            kernel_size: Taps of the kernel in each dimension, odd.
+            center_size: Taps of the unshared centre in each dimension, odd.
+            small_kernel_size: Taps of the small kernel added in the centre, odd; 0 for none.
+            conv_ratio: Part of the channels that are convolved (section 4.3); the others pass.
+            mlp_ratio: Hidden width, relative to dim.
+            drop_path: Rate at which the residual branch is dropped in training.
+            ls_init_value: Initial value of gamma; 0 for no layer scale.
+            embedded: The convolution takes the positional embedding of the stage.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.embedded = embedded
+        self.num_conv = max(int(dim * conv_ratio), 1)
+        self.hidden_dim = int(dim * mlp_ratio)
+        self.conv = PeripheralConv2d(
+            self.num_conv,
+            self.num_conv,
+            kernel_size,
+            groups=self.num_conv,
+            center_size=center_size,
+            small_kernel_size=small_kernel_size,
+            **dd,
+        )
+        self.norm = LayerNorm(dim, eps=1e-6, **dd)
+        self.mlp = Mlp(dim, self.hidden_dim, act_layer=nn.GELU, **dd)
+        self.gamma = nn.Parameter(torch.full((dim,), ls_init_value, **dd)) if ls_init_value else None
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    @torch.jit.ignore
+    def deploy(self, pos_embed: Optional[torch.Tensor]) -> None:
+        """Renders the kernel with the embedding and folds gamma into the last layer, in place."""
+        if isinstance(self.conv, PeripheralConv2d):
+            self.conv = self.conv.fuse(pos_embed if self.embedded else None)
+            self.embedded = False
+        if self.gamma is not None:
+            last, gamma = self.mlp.fc2, self.gamma.data.double()
+            last.weight.data = (last.weight.data.double() * gamma[:, None]).to(last.weight.dtype)
+            last.bias.data = (last.bias.data.double() * gamma).to(last.bias.dtype)
+            self.gamma = None
+
+    def _mix(self, x: torch.Tensor, pos_embed: Optional[torch.Tensor]) -> torch.Tensor:
+        part = to_fast_format(x[:, : self.num_conv])
+        part = self.conv(part, pos_embed) if self.embedded else self.conv(part)
+        return torch.cat([part, x[:, self.num_conv :]], 1)
+
+    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.mlp(self.norm(x.permute(0, 2, 3, 1)))
+        if self.gamma is not None:
+            x = x * self.gamma
+        return x.permute(0, 3, 1, 2)
+
+    def forward(self, x: torch.Tensor, pos_embed: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Maps (B, dim, H, W), and the embedding of the stage, to maps of the same shape."""
+        y = self._mix(x, pos_embed)
+        if torch.jit.is_scripting() or self.training:
+            return x + self.drop_path(self._mlp(y))
+        return x + self._by_parts(y)
+
+    @torch.jit.unused
+    def _by_parts(self, x: torch.Tensor) -> torch.Tensor:
+        return by_parts(self._mlp, x, self.hidden_dim * x.shape[2] * x.shape[3])
+
+
+class PeLKStage(nn.Module):
+    """Optional downsampling by two, then blocks that share the positional embedding of their kernels."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        depth: int,
+        kernel_size: int,
+        downsample: bool,
+        drop_path: Sequence[float],
+        pos_embed: bool = True,
+        device=None,
+        dtype=None,
+        **block_args,
+    ):
+        """
+        Args:
+            in_dim: Input channels.
+            dim: Channels of the stage.
+            depth: Number of blocks.
+            kernel_size: Taps of the kernels in each dimension.
+            downsample: Start with a convolution that halves the resolution.
+            drop_path: Stochastic depth rate of each block.
+            pos_embed: Learn a positional embedding of the kernels.
+            **block_args: Further arguments of PeLKBlock.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = (
+            nn.Sequential(LayerNorm2d(in_dim, eps=1e-6, **dd), nn.Conv2d(in_dim, dim, 2, stride=2, **dd))
+            if downsample
+            else nn.Identity()
+        )
+        self.blocks = nn.ModuleList(
+            PeLKBlock(dim, kernel_size, drop_path=drop_path[i], embedded=pos_embed, **block_args, **dd)
+            for i in range(depth)
+        )
+        self.pos_embed = None
+        if pos_embed and depth:
+            self.pos_embed = nn.Parameter(torch.empty(self.blocks[0].num_conv, kernel_size, kernel_size, **dd))
+            trunc_normal_(self.pos_embed, std=0.02)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Renders the kernels, in place; does nothing the second time."""
+        if self.training:
+            raise RuntimeError(
+                f'{type(self).__name__} cannot be reparameterized in train mode: call model.eval() first.'
+            )
+        for block in self.blocks:
+            block.deploy(None if self.pos_embed is None else self.pos_embed.data)
+        self.pos_embed = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(to_fast_format(x))
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, self.pos_embed)
+            else:
+                x = block(x, self.pos_embed)
+        return x
+
+
+class PeLK(LargeKernelNet):
+    """PeLK image classification network."""
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        depths: Sequence[int] = (3, 3, 9, 3),
+        dims: Sequence[int] = (96, 192, 384, 768),
+        kernel_sizes: Sequence[int] = (51, 49, 47, 13),
+        center_size: int = 5,
+        small_kernel_size: int = 5,
+        conv_ratio: float = 3 / 8,
+        mlp_ratio: float = 4.0,
+        pos_embed: bool = True,
+        ls_init_value: float = 1e-6,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        inference_mode: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        """
+        Args:
+            num_classes: Number of classes; 0 for no classifier.
+            in_chans: Input channels.
+            global_pool: Global pooling type, '' for none.
+            depths: Blocks of each stage.
+            dims: Channels of each stage.
+            kernel_sizes: Taps of the kernels of each stage, odd.
+            center_size: Taps of the unshared centre of all kernels, odd.
+            small_kernel_size: Taps of the small kernels added in the centre, odd; 0 for none.
+            conv_ratio: Part of the channels that are convolved; the others pass.
+            mlp_ratio: Hidden width of a block, relative to the channels.
+            pos_embed: Learn a positional embedding of the kernels of each stage.
+            ls_init_value: Initial value of the layer scale; 0 for none.
+            drop_rate: Dropout rate in front of the classifier.
+            drop_path_rate: Largest rate of stochastic depth, growing linearly over the blocks.
+            inference_mode: Build the deployed form.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(num_classes, in_chans)
+        if not len(depths) == len(dims) == len(kernel_sizes):
+            raise ValueError(
+                f'depths, dims and kernel_sizes must have one entry per stage, '
+                f'got {tuple(depths)}, {tuple(dims)} and {tuple(kernel_sizes)}.'
+            )
+        if not 0 < conv_ratio <= 1:
+            raise ValueError(f'conv_ratio must lie in (0, 1], got {conv_ratio}.')
+        self.stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], 4, stride=4, **dd), LayerNorm2d(dims[0], eps=1e-6, **dd))
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages: List[nn.Module] = []
+        for i in range(len(depths)):
+            stages.append(
+                PeLKStage(
+                    dims[max(i - 1, 0)],
+                    dims[i],
+                    depths[i],
+                    kernel_sizes[i],
+                    downsample=i > 0,
+                    drop_path=drop_path_rates[i],
+                    pos_embed=pos_embed,
+                    center_size=center_size,
+                    small_kernel_size=small_kernel_size,
+                    conv_ratio=conv_ratio,
+                    mlp_ratio=mlp_ratio,
+                    ls_init_value=ls_init_value,
+                    **dd,
+                )
+            )
+            self.feature_info += [dict(num_chs=dims[i], reduction=4 * 2**i, module=f'stages.{i}')]
+        self.stages = nn.Sequential(*stages)
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.head = NormMlpClassifierHead(
+            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=LayerNorm2d, **dd
+        )
+        self.apply(_init_weights)
+        if inference_mode:
+            self.eval().reparameterize().train()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the positional embeddings."""
+        return {name for name, _ in self.named_parameters() if name.endswith('.pos_embed')}
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> List[int]:
+        """Removes what the given intermediates do not need, see LargeKernelNet; the norm is that of the head."""
+        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_norm:
+            self.head.norm = nn.Identity()
+        return take_indices
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def convert_checkpoint(state_dict: Dict[str, Any], model: PeLK) -> Dict[str, torch.Tensor]:
+    """The state dict inside a checkpoint: there is no other layout than this package's."""
+    return unwrap_checkpoint(state_dict)
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: PeLK) -> Dict[str, torch.Tensor]:
+    """Accepts this package's layout, for any number of input channels."""
+    return adapt_input_channels(convert_checkpoint(state_dict, model), model.in_chans, ('stem.0.weight',))
+
+
+def _create_pelk(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    return build(
+        PeLK, variant, pretrained, checkpoint_filter_fn, num_stages=len(kwargs.get('depths', range(4))), **kwargs
+    )
+
+
+def _cfg(name: str, input_size: Tuple[int, int, int] = (3, 224, 224), **kwargs: Any) -> Dict[str, Any]:
+    return cfg(
+        name,
+        **{
+            'num_classes': 1000,
+            'input_size': input_size,
+            'pool_size': (input_size[1] // 32, input_size[2] // 32),
+            'crop_pct': 0.875 if input_size[1] == 224 else 1.0,
+            'interpolation': 'bicubic',
+            'mean': IMAGENET_DEFAULT_MEAN,
+            'std': IMAGENET_DEFAULT_STD,
+            'first_conv': 'stem.0',
+            **_PAPER,
+            **kwargs,
+        },
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'pelk_tiny.in1k': _cfg('pelk_tiny.in1k'),
+        'pelk_small.in1k': _cfg('pelk_small.in1k'),
+        'pelk_base.in1k': _cfg('pelk_base.in1k'),
+        'pelk_base_101.in1k': _cfg('pelk_base_101.in1k', (3, 384, 384)),
+    }
+)
+
+
+@register_model
+def pelk_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """PeLK-T (section 4.4)."""
+    model_args = dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768))
+    return _create_pelk('pelk_tiny', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pelk_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """PeLK-S (section 4.4)."""
+    model_args = dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768))
+    return _create_pelk('pelk_small', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pelk_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """PeLK-B (section 4.4)."""
+    model_args = dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024))
+    return _create_pelk('pelk_base', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def pelk_base_101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """PeLK-B-101 (section 4.4), with kernels of up to 101 x 101 taps, for images of 384 x 384 pixels."""
+    model_args = dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024), kernel_sizes=(101, 69, 67, 13), center_size=7)
+    return _create_pelk('pelk_base_101', pretrained, **dict(model_args, **kwargs))
