@@ -33,7 +33,16 @@ from tqdm import tqdm
 
 import timm_smpconv
 from timm_smpconv import ops
-from timm_smpconv.layers import CausalConv1d, LargeConv2d, RepSMPConv1d, RepSMPConv2d, SMPConv1d, SMPConv2d
+from timm_smpconv.layers import (
+    CausalConv1d,
+    LargeConv2d,
+    PeripheralConv2d,
+    RepSMPConv1d,
+    RepSMPConv2d,
+    SMPConv1d,
+    SMPConv2d,
+)
+from timm_smpconv.models.pelk import PeLKBlock, PeLKStage
 from timm_smpconv.models.smpconv import ConvFFN, LargeKernelBlock, SMPConvStage, Stem
 
 Run = Callable[[], object]
@@ -55,6 +64,24 @@ def plain_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Ten
     return y if bias is None else y + bias.reshape(1, -1, 1)
 
 
+def plain_peripheral_conv2d(m: nn.Module, x: torch.Tensor, pos_embed: Optional[torch.Tensor] = None) -> torch.Tensor:
+    kernel = m.kernel()
+    return plain_conv2d(x, kernel, m._total_bias(kernel, pos_embed), x.shape[1])
+
+
+def plain_pelk_block(m: nn.Module, x: torch.Tensor, pos_embed: Optional[torch.Tensor] = None) -> torch.Tensor:
+    part = x[:, : m.num_conv]
+    part = m.conv(part, pos_embed) if m.embedded else m.conv(part)
+    return x + m.drop_path(m._mlp(torch.cat([part, x[:, m.num_conv :]], 1)))
+
+
+def plain_pelk_stage(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    x = m.downsample(x)
+    for block in m.blocks:
+        x = block(x, m.pos_embed)
+    return x
+
+
 def make_plain(model: nn.Module) -> nn.Module:
     """Replaces the forward passes of all convolutions of this package, in place."""
     forwards: Dict[type, Callable[..., torch.Tensor]] = {
@@ -62,6 +89,7 @@ def make_plain(model: nn.Module) -> nn.Module:
         SMPConv1d: lambda m, x: plain_conv1d(x, m.kernel(), m.bias),
         LargeConv2d: lambda m, x: plain_conv2d(x, m.weight, m.bias, m.groups),
         CausalConv1d: lambda m, x: plain_conv1d(x, m.weight, m.bias),
+        PeripheralConv2d: plain_peripheral_conv2d,
         # without what this package does in eval mode and on a CPU beyond the convolutions
         RepSMPConv1d: lambda m, x: m.large_norm(m.large(x)) + m.small_norm(m.small(x)),
         RepSMPConv2d: lambda m, x: m.large_norm(m.large(x)) + m.small_norm(m.small(x)),
@@ -69,6 +97,8 @@ def make_plain(model: nn.Module) -> nn.Module:
         ConvFFN: lambda m, x: x + m.drop_path(m._branch(x)),
         SMPConvStage: lambda m, x: m.blocks(m.downsample(x)),
         Stem: lambda m, x: m._forward(x),
+        PeLKBlock: plain_pelk_block,
+        PeLKStage: plain_pelk_stage,
     }
     for module in model.modules():
         if type(module) in forwards:
@@ -314,6 +344,8 @@ def cpu_cases() -> List[Case]:
         model_case('deployed', 'smpconv_cifar', 8),
         model_case('deployed', 'smpconv_seq_mnist', 1),
         model_case('deployed', 'smpconv_seq_speech_raw', 1),
+        model_case('deployed', 'pelk_tiny', 8, '', 'convnext_tiny'),
+        model_case('train', 'pelk_tiny', 8, '', 'convnext_tiny'),
         model_case('train', 'smpconv_tiny', 8, '4 x, convnext_tiny 1 / 1.4 x', 'convnext_tiny'),
         model_case('train', 'smpconv_seq_mnist', 64, '4 x'),
         model_case('train', 'smpconv_seq_cifar', 64, '10 x'),

@@ -56,7 +56,8 @@ def test_module_runs_as_a_command():
 
 
 def test_all_models_are_ours_and_registered():
-    assert len(model_names()) == 11
+    families = [name.partition('_')[0] for name in model_names()]
+    assert (families.count('smpconv'), families.count('pelk')) == (11, 4) and len(families) == 15
     assert all(timm.is_model(name) for name in model_names())
 
 

@@ -453,7 +453,8 @@ def test_recipes_of_this_repository():
             Recipe(**read_recipe(path))
         else:
             assert f'train.py --config recipes/{name}.yaml --device-modules timm_smpconv --data-dir' in head
-            assert fields['sched'] == 'cosine' and fields['batch_size'] * 8 in (2048, 512)
+            total = fields['batch_size'] * fields.get('grad_accum_steps', 1) * 8
+            assert fields['sched'] == 'cosine' and total in (4096, 2048, 512)
             assert all(key.replace('_', '').isalpha() for key in fields)
     shipped = list((folder / 'shipped').glob('*.yaml'))
     assert {'.'.join(path.name.split('.')[:2]) for path in shipped} == {k for k, w in WEIGHTS.items() if w.bundled}
