@@ -182,18 +182,7 @@ class SMPConv2d(nn.Module):
 
     def to_conv(self, weight: torch.Tensor) -> nn.Module:
         """A plain convolution of the same shape, with the given dense kernel and a bias to be filled in."""
-        out_chs, in_chs, kh, kw = weight.shape
-        conv = skip_init(
-            LargeConv2d,
-            out_chs if self.depthwise else in_chs,
-            out_chs,
-            (kh, kw),
-            groups=out_chs if self.depthwise else 1,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        conv.weight.data = weight
-        return conv
+        return _large_conv(weight, self.depthwise)
 
 
 @register_notrace_module
@@ -345,20 +334,27 @@ class PeripheralConv2d(nn.Module):
             # in float64, so that the sum over thousands of taps adds no rounding of its own
             embedding = None if pos_embed is None else pos_embed.double()
             bias = self._total_bias(weight.double(), embedding)
-            conv = skip_init(
-                LargeConv2d,
-                weight.shape[0] if self.depthwise else weight.shape[1],
-                weight.shape[0],
-                weight.shape[2:],
-                groups=weight.shape[0] if self.depthwise else 1,
-                bias=bias is not None,
-                device=weight.device,
-                dtype=weight.dtype,
-            )
-            conv.weight.data = weight
+            conv = _large_conv(weight, self.depthwise, bias=bias is not None)
             if bias is not None:
                 conv.bias.data = bias.to(weight.dtype)
         return conv.train(self.training)
+
+
+def _large_conv(weight: torch.Tensor, depthwise: bool, bias: bool = True) -> LargeConv2d:
+    """A plain convolution with the given dense kernel, and a bias to be filled in."""
+    out_chs, in_chs, kh, kw = weight.shape
+    conv = skip_init(
+        LargeConv2d,
+        out_chs if depthwise else in_chs,
+        out_chs,
+        (kh, kw),
+        groups=out_chs if depthwise else 1,
+        bias=bias,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    conv.weight.data = weight
+    return conv
 
 
 def _check_conv2d(in_chs: int, out_chs: int, kernel_size: Tuple[int, ...], groups: int) -> None:
