@@ -3,6 +3,7 @@
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
+from timm.layers import trunc_normal_
 from timm.models import register_notrace_function
 from timm.models._features import feature_take_indices
 from timm.utils import reparameterize_model
@@ -10,7 +11,7 @@ from torch import nn
 
 from ..layers import SMPKernel
 
-__all__ = ['LargeKernelNet', 'check_input']
+__all__ = ['LargeKernelNet', 'check_input', 'init_weights']
 
 
 @register_notrace_function
@@ -30,6 +31,14 @@ def check_input(x: torch.Tensor, in_chans: int, sequence: bool) -> torch.Tensor:
             expected = f'(batch, {in_chans}, height, width)' + (f' or (batch, {in_chans}, length)' if sequence else '')
             raise ValueError(f'Expected an input of shape {expected}, got {tuple(x.shape)}.')
     return x
+
+
+def init_weights(module: nn.Module) -> None:
+    """Draws the weights of a plain convolution or linear layer, as the ImageNet networks begin; for nn.Module.apply."""
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class LargeKernelNet(nn.Module):

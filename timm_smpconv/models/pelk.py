@@ -25,7 +25,7 @@ from torch import nn
 
 from ..layers import PeripheralConv2d, by_parts
 from ..ops import to_fast_format
-from ._base import LargeKernelNet
+from ._base import LargeKernelNet, init_weights
 from ._builder import build, cfg
 from ._checkpoint import adapt_input_channels, unwrap_checkpoint
 
@@ -265,7 +265,7 @@ class PeLK(LargeKernelNet):
         self.head = NormMlpClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=LayerNorm2d, **dd
         )
-        self.apply(_init_weights)
+        self.apply(init_weights)
         if inference_mode:
             self.eval().reparameterize().train()
 
@@ -283,13 +283,6 @@ class PeLK(LargeKernelNet):
         if prune_norm:
             self.head.norm = nn.Identity()
         return take_indices
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def convert_checkpoint(state_dict: Dict[str, Any], model: PeLK) -> Dict[str, torch.Tensor]:

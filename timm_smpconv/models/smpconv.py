@@ -4,13 +4,13 @@ from typing import Any, Dict, Sequence, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
 
 from ..layers import AffineNorm, ConvNorm, RepSMPConv2d, by_parts, fold_norm_into_next
 from ..ops import to_fast_format
-from ._base import LargeKernelNet
+from ._base import LargeKernelNet, init_weights
 from ._builder import build, cfg
 from ._checkpoint import adapt_input_channels, convert_reference
 
@@ -253,16 +253,9 @@ class SMPConv(LargeKernelNet):
         self.num_features = self.head_hidden_size = dims[-1]
         self.norm = AffineNorm(self.num_features, **dd)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.apply(_init_weights)
+        self.apply(init_weights)
         if inference_mode:
             self.eval().reparameterize().train()
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 _REFERENCE_RULES = (
