@@ -79,7 +79,8 @@ def count_macs(model: nn.Module, input_size: Tuple[int, ...]) -> int:
 
     rendered = (PeripheralConv2d, SMPConv1d, SMPConv2d)
     counted = (nn.Conv1d, nn.Conv2d, nn.Linear, *rendered)
-    layers = [m for m in model.modules() if isinstance(m, counted) and m is not model.get_classifier()]
+    classifier = model.get_classifier()
+    layers = [m for m in model.modules() if isinstance(m, counted) and m is not classifier]
     handles = [layer.register_forward_hook(count) for layer in layers]
     training = model.training
     try:

@@ -1,6 +1,6 @@
 """What the networks of this package share: the timm model interface over `stem`, `stages`, `norm` and `head`."""
 
-from typing import Any, Dict, List, Optional, Set, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from timm.layers import trunc_normal_
@@ -11,7 +11,7 @@ from torch import nn
 
 from ..layers import SMPKernel
 
-__all__ = ['LargeKernelNet', 'check_input', 'init_weights']
+__all__ = ['LargeKernelNet', 'check_input', 'check_stages', 'init_weights']
 
 
 @register_notrace_function
@@ -31,6 +31,19 @@ def check_input(x: torch.Tensor, in_chans: int, sequence: bool) -> torch.Tensor:
             expected = f'(batch, {in_chans}, height, width)' + (f' or (batch, {in_chans}, length)' if sequence else '')
             raise ValueError(f'Expected an input of shape {expected}, got {tuple(x.shape)}.')
     return x
+
+
+def check_stages(depths: Sequence[int], dims: Sequence[int], kernel_sizes: Sequence[int]) -> None:
+    """Checks that three arguments of a network have one entry for each of its stages.
+
+    Raises:
+        ValueError: They differ in length.
+    """
+    if not len(depths) == len(dims) == len(kernel_sizes):
+        raise ValueError(
+            f'depths, dims and kernel_sizes must have one entry per stage, '
+            f'got {tuple(depths)}, {tuple(dims)} and {tuple(kernel_sizes)}.'
+        )
 
 
 def init_weights(module: nn.Module) -> None:

@@ -1,15 +1,16 @@
 """Construction of models and their pretrained configurations from the table of weights."""
 
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Type
+from typing import Any, Callable, Dict, Optional, Tuple, Type
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 
 from ..weights import WEIGHTS, bundled_path
 from ._base import LargeKernelNet
 
-__all__ = ['build', 'cfg']
+__all__ = ['build', 'cfg', 'imagenet_cfg']
 
 _PAPER = dict(
     paper_ids='arXiv:2304.02330',
@@ -29,6 +30,23 @@ def cfg(name: str, **kwargs: Any) -> Dict[str, Any]:
         **_PAPER,
         **kwargs,
     }
+
+
+def imagenet_cfg(name: str, input_size: Tuple[int, int, int] = (3, 224, 224), **kwargs: Any) -> Dict[str, Any]:
+    """`cfg` of an ImageNet network with an output stride of 32."""
+    return cfg(
+        name,
+        **{
+            'num_classes': 1000,
+            'input_size': input_size,
+            'pool_size': (input_size[1] // 32, input_size[2] // 32),
+            'crop_pct': 0.875 if input_size[1] == 224 else 1.0,
+            'interpolation': 'bicubic',
+            'mean': IMAGENET_DEFAULT_MEAN,
+            'std': IMAGENET_DEFAULT_STD,
+            **kwargs,
+        },
+    )
 
 
 def build(

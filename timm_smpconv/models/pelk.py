@@ -7,10 +7,9 @@ dynamic sparsity of SLaK (1.3 times as wide, 40 % of the large kernels zero), wh
 these are the dense networks at ConvNeXt's widths.
 """
 
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Set, Union
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
     LayerNorm,
@@ -25,8 +24,8 @@ from torch import nn
 
 from ..layers import PeripheralConv2d, by_parts
 from ..ops import to_fast_format
-from ._base import LargeKernelNet, init_weights
-from ._builder import build, cfg
+from ._base import LargeKernelNet, check_stages, init_weights
+from ._builder import build, imagenet_cfg
 from ._checkpoint import adapt_input_channels, unwrap_checkpoint
 
 __all__ = ['PeLK']
@@ -231,11 +230,7 @@ class PeLK(LargeKernelNet):
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_classes, in_chans)
-        if not len(depths) == len(dims) == len(kernel_sizes):
-            raise ValueError(
-                f'depths, dims and kernel_sizes must have one entry per stage, '
-                f'got {tuple(depths)}, {tuple(dims)} and {tuple(kernel_sizes)}.'
-            )
+        check_stages(depths, dims, kernel_sizes)
         if not 0 < conv_ratio <= 1:
             raise ValueError(f'conv_ratio must lie in (0, 1], got {conv_ratio}.')
         self.stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], 4, stride=4, **dd), LayerNorm2d(dims[0], eps=1e-6, **dd))
@@ -301,30 +296,15 @@ def _create_pelk(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mo
     )
 
 
-def _cfg(name: str, input_size: Tuple[int, int, int] = (3, 224, 224), **kwargs: Any) -> Dict[str, Any]:
-    return cfg(
-        name,
-        **{
-            'num_classes': 1000,
-            'input_size': input_size,
-            'pool_size': (input_size[1] // 32, input_size[2] // 32),
-            'crop_pct': 0.875 if input_size[1] == 224 else 1.0,
-            'interpolation': 'bicubic',
-            'mean': IMAGENET_DEFAULT_MEAN,
-            'std': IMAGENET_DEFAULT_STD,
-            'first_conv': 'stem.0',
-            **_PAPER,
-            **kwargs,
-        },
-    )
-
-
 default_cfgs = generate_default_cfgs(
     {
-        'pelk_tiny.in1k': _cfg('pelk_tiny.in1k'),
-        'pelk_small.in1k': _cfg('pelk_small.in1k'),
-        'pelk_base.in1k': _cfg('pelk_base.in1k'),
-        'pelk_base_101.in1k': _cfg('pelk_base_101.in1k', (3, 384, 384)),
+        name: imagenet_cfg(name, input_size, first_conv='stem.0', **_PAPER)
+        for name, input_size in (
+            ('pelk_tiny.in1k', (3, 224, 224)),
+            ('pelk_small.in1k', (3, 224, 224)),
+            ('pelk_base.in1k', (3, 224, 224)),
+            ('pelk_base_101.in1k', (3, 384, 384)),
+        )
     }
 )
 

@@ -3,15 +3,14 @@
 from typing import Any, Dict, Sequence, Union
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
 
 from ..layers import AffineNorm, ConvNorm, RepSMPConv2d, by_parts, fold_norm_into_next
 from ..ops import to_fast_format
-from ._base import LargeKernelNet, init_weights
-from ._builder import build, cfg
+from ._base import LargeKernelNet, check_stages, init_weights
+from ._builder import build, imagenet_cfg
 from ._checkpoint import adapt_input_channels, convert_reference
 
 __all__ = ['SMPConv']
@@ -216,11 +215,7 @@ class SMPConv(LargeKernelNet):
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_classes, in_chans)
-        if not len(depths) == len(dims) == len(kernel_sizes):
-            raise ValueError(
-                f'depths, dims and kernel_sizes must have one entry per stage, '
-                f'got {tuple(depths)}, {tuple(dims)} and {tuple(kernel_sizes)}.'
-            )
+        check_stages(depths, dims, kernel_sizes)
         if points_divisor < 1:
             raise ValueError(f'points_divisor must be positive, got {points_divisor}.')
         if num_points is None:
@@ -285,26 +280,9 @@ def _create_smpconv(variant: str, pretrained: bool = False, **kwargs: Any) -> nn
     )
 
 
-def _cfg(name: str, **kwargs: Any) -> Dict[str, Any]:
-    return cfg(
-        name,
-        **{
-            'num_classes': 1000,
-            'input_size': (3, 224, 224),
-            'pool_size': (7, 7),
-            'crop_pct': 0.875,
-            'interpolation': 'bicubic',
-            'mean': IMAGENET_DEFAULT_MEAN,
-            'std': IMAGENET_DEFAULT_STD,
-            'first_conv': 'stem.0.conv',
-            **kwargs,
-        },
-    )
-
-
 default_cfgs = generate_default_cfgs(
     {
-        name: _cfg(name)
+        name: imagenet_cfg(name, first_conv='stem.0.conv')
         for name in ('smpconv_tiny.in1k', 'smpconv_base.in1k', 'smpconv_mobile31.in1k', 'smpconv_mobile51.in1k')
     }
 )
