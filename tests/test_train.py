@@ -278,6 +278,21 @@ def test_it_learns(tmp_path):
     assert float(_log(tmp_path / 'run')[-1]['train_accuracy']) > 0.5
 
 
+def test_arguments_of_the_optimizer(data_dir, tmp_path):
+    """Those of Muon reach it, here one that keeps coordinates where they are, and survive a resumed run."""
+    recipe = dataclasses.replace(
+        RECIPE, opt='nmuon', opt_kwargs=dict(fallback_no_weight_decay=True, fallback_lr_scale=0.0), model_ema_decay=0.0
+    )
+    torch.manual_seed(recipe.seed)
+    fresh = timm.create_model(recipe.model, **recipe.model_kwargs).state_dict()
+    trained = load_file(train(recipe, data_dir, tmp_path, progress=False))
+    moved = {key for key in trained if not torch.equal(trained[key], fresh[key])}
+    assert {key for key in moved if key.endswith('large.kernel.weights')} and 'head.fc.weight' in moved
+    assert not {key for key in moved if key.endswith(('coords', 'radius_offset', 'head.fc.bias'))}
+    train(recipe, data_dir, tmp_path, progress=False)
+    assert Recipe(**read_recipe(tmp_path / 'recipe.yaml')) == recipe
+
+
 def test_other_recipe_in_the_same_folder(data_dir, tmp_path):
     one = dataclasses.replace(RECIPE, epochs=1)
     train(one, data_dir, tmp_path, progress=False)
@@ -299,6 +314,11 @@ def test_other_recipe_in_the_same_folder(data_dir, tmp_path):
         (dict(model='smpconv_seq_speech_raw', freq_mask=3), 'freq_mask=3 has no effect'),
         (dict(sample_rate=4000), 'sample_rate=4000 has no effect'),
         (dict(val_images=22), 'Of 25 training samples 22 are held out'),
+        (dict(model_kwargs=dict(colour=1)), r"model_kwargs=\{'colour': 1\} cannot work: .*colour"),
+        (dict(model_kwargs=dict(drop_rate=0.1)), 'cannot work: .*drop_rate'),
+        (dict(model_kwargs=dict(depth=0)), 'depth and dim must be positive'),
+        (dict(opt='hope'), 'Optimizer hope not found'),
+        (dict(opt_kwargs=dict(colour=1)), r"opt='adam', opt_kwargs=\{'colour': 1\} cannot work: .*colour"),
     ],
 )
 def test_wrong_recipes(data_dir, tmp_path, fields, message):

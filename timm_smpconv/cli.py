@@ -33,6 +33,7 @@ __all__ = ['main']
 _PROG = 'timm-smpconv'
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 _DEFAULT_MODEL = 'smpconv_seq_mnist'
+_TAKERS = {'opt_kwargs': 'optimizer', 'model_kwargs': 'model'}
 _NUMBERS = ('params', 'GMACs', 'measured', 'paper')  # columns of `list` that are aligned to the right
 
 
@@ -181,7 +182,7 @@ def _add_train(commands: Any) -> None:
         text = f'default without a config: {field.default}'
         if not isinstance(field.type, type):
             kind = dict(type=_keywords, metavar='JSON')
-            text = 'further arguments of the model, as a JSON object'
+            text = f'further arguments of the {_TAKERS[field.name]}, as a JSON object'
         elif field.type is not bool:
             kind = dict(type=field.type, metavar=field.type.__name__.upper())
         recipe.add_argument('--' + field.name.replace('_', '-'), default=argparse.SUPPRESS, help=text, **kind)

@@ -47,6 +47,7 @@ class Recipe:
         val_images: MNIST: training images held out to watch the run; never test images.
         val_percent: Other data: percentage of the speakers, or of the trajectories, held out.
         seed: Seed of initial weights, data order, augmentation and dropout.
+        opt_kwargs: Further arguments of the optimizer.
         model_kwargs: Further arguments of the model.
     """
 
@@ -81,6 +82,7 @@ class Recipe:
     val_images: int = 5000
     val_percent: int = 15
     seed: int = 0
+    opt_kwargs: Dict[str, Any] = dataclasses.field(default_factory=dict)
     model_kwargs: Dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

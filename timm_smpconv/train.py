@@ -4,6 +4,7 @@ A run is a function of its recipe: data order, augmentation and dropout follow f
 alone. A run that was killed at any time continues from its last checkpoint with the same result, bit for bit.
 """
 
+import contextlib
 import csv
 import hashlib
 import logging
@@ -11,7 +12,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import timm
@@ -110,6 +111,16 @@ def _seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], 'big')
 
 
+@contextlib.contextmanager
+def _blaming(**fields: Any) -> Iterator[None]:
+    """Turns the TypeError of arguments that nothing takes into a ValueError that names the fields they are from."""
+    try:
+        yield
+    except TypeError as e:
+        values = ', '.join(f'{name}={value!r}' for name, value in fields.items())
+        raise ValueError(f'{values} cannot work: {e}') from e
+
+
 class _Run:
     """All that changes in the course of a run, and the checkpoint that holds it."""
 
@@ -118,14 +129,14 @@ class _Run:
         self.steps_per_epoch = len(samples) // recipe.batch_size
         torch.manual_seed(recipe.seed)
         resumed = self._checkpoint_path.exists()
-        self.model = timm.create_model(
-            recipe.model,
+        kwargs = dict(
             pretrained=recipe.pretrained and not resumed,
             drop_rate=recipe.drop,
             drop_path_rate=recipe.drop_path,
             input_drop_rate=recipe.input_drop_rate,
-            **recipe.model_kwargs,
         )
+        with _blaming(model=recipe.model, model_kwargs=recipe.model_kwargs):
+            self.model = timm.create_model(recipe.model, **kwargs, **recipe.model_kwargs)
         cfg = self.model.pretrained_cfg
         measured = task.measured and not recipe.pretrained  # weights that are there are used to their own statistics
         if recipe.initial_checkpoint and not resumed:
@@ -142,7 +153,9 @@ class _Run:
         self.ema: Optional[ModelEmaV3] = None
         if recipe.model_ema_decay:
             self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay, use_warmup=True)
-        self.optimizer = create_optimizer_v2(self.model, recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        kwargs = dict(lr=recipe.lr, weight_decay=recipe.weight_decay)
+        with _blaming(opt=recipe.opt, opt_kwargs=recipe.opt_kwargs):
+            self.optimizer = create_optimizer_v2(self.model, recipe.opt, **kwargs, **recipe.opt_kwargs)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             'cosine',
@@ -306,10 +319,9 @@ def train(
             raise ValueError(f'{output} holds a run of another recipe ({recipe_path}): choose another output folder.')
     elif (output / 'checkpoint.pt').exists():
         raise ValueError(f'{output} holds a run without its {recipe_path.name}: choose another output folder.')
-    else:
-        write_text(recipe_path, recipe_text(recipe))
 
     run = _Run(recipe, task, samples, output, torch.device(device))
+    write_text(recipe_path, recipe_text(recipe))  # now that the recipe is known to work
     run.write_log()
     steps, batch_size = run.steps_per_epoch, recipe.batch_size
     bar = tqdm(
