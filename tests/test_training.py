@@ -2,6 +2,7 @@
 
 import copy
 import os
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -308,3 +309,20 @@ def test_learns():
         model.train()
         assert F.cross_entropy(model(x), target).item() < 0.3 * first
         assert_usable(model, x)
+
+
+@pytest.mark.parametrize('family', ['cifar', 'sequence'])
+def test_rescaled_kernels(family):
+    """The script that was run between two stages of smpconv_cifar: other norms, the same function."""
+    rescale = runpy.run_path(str(ROOT / 'recipes' / 'shipped' / 'rescale.py'))['rescale']
+    (model, x, target), (like, _, _) = small(family), small(family, seed=1)
+    train(model, create_optimizer_v2(model, 'adam', lr=1e-2), x, target, steps=3)
+    model, like, x = model.double().eval(), like.double(), x.double()
+    with torch.no_grad():
+        for kernel in kernels(model):
+            kernel.weights *= 3.0
+        wanted = model(x)
+        rescale(model, like)
+        torch.testing.assert_close(model(x), wanted, rtol=1e-9, atol=1e-9)
+    for one, other in zip(kernels(model), kernels(like)):
+        assert one.weights.norm().item() == pytest.approx(other.weights.norm().item())
