@@ -49,6 +49,10 @@ def build(name, **kwargs):
     return timm.create_model(name, **{**SMALLER.get(name, {}), **kwargs})
 
 
+def has_batch_norms(name):
+    return not name.startswith('pelk')
+
+
 def input_size(name):
     """Input size of one sample that contract tests use."""
     size = timm.get_pretrained_cfg(name).input_size

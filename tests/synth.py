@@ -86,12 +86,16 @@ def relative_error(actual, wanted):
     return ((actual - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()
 
 
+def is_batch_norm(module):
+    return isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
+
+
 def randomize_norms(model, seed=0):
     """Gives all batch norms statistics and weights that are not the initial ones, in place."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            if is_batch_norm(module):
                 n = module.num_features
                 module.running_mean.copy_(0.1 * torch.randn(n, generator=generator))
                 module.running_var.copy_(0.5 + torch.rand(n, generator=generator))

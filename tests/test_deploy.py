@@ -8,7 +8,7 @@ import torch
 from conftest import ALL_MODELS, SMALLER, build, input_size, make_input
 from safetensors.torch import save_file
 from synth import randomize_norms, relative_error
-from timm.utils import reparameterize_model
+from timm.utils import freeze, reparameterize_model, unfreeze
 from torch import nn
 
 from timm_smpconv.layers import PeripheralKernel, RepSMPConv1d, RepSMPConv2d, SMPConv2d, SMPKernel
@@ -290,3 +290,17 @@ def test_fused_block_is_what_torch_computes():
     plain = nn.functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     assert relative_error(conv(x), plain) <= 1e-5
     assert SMPConv2d(4, 4, 11, groups=4).depthwise
+
+
+@pytest.mark.parametrize('again', [False, True], ids=['frozen', 'unfrozen'])
+def test_frozen_norms(name, model, x, again):
+    expected = model(x).detach()
+    freeze(model)
+    if again:
+        unfreeze(model)
+    model.eval()
+    with torch.no_grad():
+        assert relative_error(model(x), expected) < 1e-4
+        model.reparameterize()
+        assert relative_error(model(x), expected) < 1e-4
+    build(name, inference_mode=True).load_state_dict(model.state_dict())

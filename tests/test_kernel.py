@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from synth import relative_error
+from torch import nn
 
 from timm_smpconv.layers import SMPConv1d, SMPConv2d, SMPKernel
 
@@ -485,3 +486,37 @@ def test_moving_points_fit_better_than_fixed_ones():
 
     moving, fixed = fit(True), fit(False)
     assert moving < 0.3 and moving < 0.75 * fixed
+
+
+class TestProjection:
+    """Keeping radii in their range must not stand in the way of what others make of parameters."""
+
+    def kernel(self):
+        kernel = SMPKernel(1, 4, 9, num_points=5, radius=0.2).train()
+        with torch.no_grad():
+            kernel.radius_offset.fill_(100.0)  # out of range: projection has something to do
+        return kernel
+
+    def test_views_of_a_flat_vector(self):
+        model = nn.Sequential(SMPConv2d(3, 4, 9), SMPConv2d(4, 2, 9)).train()
+        flat = nn.utils.parameters_to_vector(model.parameters()).detach().requires_grad_()
+        values, first = {}, 0
+        for key, parameter in model.named_parameters():
+            values[key] = flat[first : first + parameter.numel()].view_as(parameter)
+            first += parameter.numel()
+        torch.func.functional_call(model, values, (torch.randn(2, 3, 12, 12),)).sum().backward()
+        assert flat.grad.abs().sum() > 0
+
+    def test_tensors_of_inference_mode(self):
+        with torch.inference_mode():
+            kernel = self.kernel()
+        assert (kernel.state_dict()['radius_offset'] < 100.0).all()
+
+    def test_other_kinds_of_tensors_are_left(self):
+        class Sharded(torch.Tensor):
+            pass
+
+        kernel = self.kernel()
+        kernel.radius_offset = nn.Parameter(kernel.radius_offset.detach().as_subclass(Sharded))
+        kernel.project()
+        assert (kernel.radius_offset == 100.0).all() and (kernel.radius <= 1.0).all()

@@ -247,6 +247,17 @@ def test_prune_intermediate_layers(name, model, x):
 
 
 @torch.no_grad()
+def test_pruned_networks_still_run(name, model, x):
+    (first,) = model.forward_intermediates(x, indices=[0], intermediates_only=True)
+    model.prune_intermediate_layers([0])
+    features, maps = model.forward_intermediates(x, indices=[0])
+    assert torch.equal(maps[0], first) and torch.equal(features, first) and torch.equal(model(x), first)
+    assert model.num_features == model.head_hidden_size == first.shape[1]
+    model.reset_classifier(5, 'last' if model.sequence else 'avg')
+    assert model(x).shape == (2, 5)
+
+
+@torch.no_grad()
 def test_prune_norm_and_head(name, model, x):
     last = model.forward_intermediates(x, indices=1, intermediates_only=True)[0]
     model.prune_intermediate_layers(1, prune_norm=True, prune_head=True)
@@ -751,3 +762,8 @@ def test_compile(name, kwargs):
 
 def test_small_versions_exist():
     assert set(SMALL) | set(SMALLER) <= set(ALL_MODELS)
+
+
+def test_unknown_arguments_name_the_network(name):
+    with pytest.raises(TypeError, match=r'^(SMPConv|SMPConvCifar|SMPConvSeq|PeLK)\.__init__.*bn_eps'):
+        build(name, bn_eps=1e-3)

@@ -453,3 +453,17 @@ def test_compile_of_the_ops(backend):
         wanted = module(x)
         got = torch.compile(module, backend='eager', fullgraph=True)(x)
     assert relative_error(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize('size', [7, 31])  # direct and in the frequency domain
+def test_dtypes_that_cannot_be_convolved(size):
+    x, weight = torch.zeros(1, 3, 56, 56), torch.zeros(3, 1, size, size)
+    for dtype in (torch.int64, torch.bool):
+        with pytest.raises(TypeError, match=str(dtype)):
+            ops.depthwise_conv2d(x.to(dtype), weight)
+        with pytest.raises(TypeError, match=str(dtype)):
+            ops.depthwise_conv2d(x, weight.to(dtype))
+    with pytest.raises(TypeError, match='torch.float32 and torch.bfloat16'):
+        ops.depthwise_conv2d(x, weight.bfloat16())
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert ops.depthwise_conv2d(x, weight.bfloat16()).dtype == torch.bfloat16

@@ -82,12 +82,13 @@ def count_macs(model: nn.Module, input_size: Tuple[int, ...]) -> int:
     classifier = model.get_classifier()
     layers = [m for m in model.modules() if isinstance(m, counted) and m is not classifier]
     handles = [layer.register_forward_hook(count) for layer in layers]
-    training = model.training
+    modes = [(m, m.training) for m in model.modules()]
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, *input_size, device=next(model.parameters()).device))
     finally:
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
         for handle in handles:
             handle.remove()
     return macs

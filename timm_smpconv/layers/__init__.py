@@ -15,4 +15,6 @@ from .rep import (
     RepSMPConv1d as RepSMPConv1d,
     RepSMPConv2d as RepSMPConv2d,
     fold_norm_into_next as fold_norm_into_next,
+    is_foldable as is_foldable,
+    norm_to_conv as norm_to_conv,
 )

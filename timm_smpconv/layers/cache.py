@@ -3,10 +3,11 @@
 from typing import Any, Callable, Hashable, Optional, Sequence, Tuple
 
 import torch
+from torch import nn
 
 from ..ops.context import Keep, is_transformed
 
-__all__ = ['KernelCache', 'ValueCache']
+__all__ = ['DropsCaches', 'KernelCache', 'ValueCache']
 
 _MAX_NUMBERS = 2**23  # that a KernelCache keeps: 32 MiB in single precision
 
@@ -19,24 +20,31 @@ class ValueCache:
     """
 
     def __init__(self) -> None:
-        self._entry: Optional[Tuple[object, Tuple[torch.Tensor, ...]]] = None
+        self._entry: Optional[Tuple[object, Hashable, Tuple[Optional[torch.Tensor], ...]]] = None
+
+    def clear(self) -> None:
+        """Forgets the result."""
+        self._entry = None
 
     @staticmethod
-    def usable(tensors: Sequence[torch.Tensor]) -> bool:
+    def usable(tensors: Sequence[Optional[torch.Tensor]]) -> bool:
         """Whether values can be read cheaply: on a CPU, not while compiling, exporting, tracing or in torch.func."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
             return False
         # neither fake tensors nor other wrappers
-        return all(t.device.type == 'cpu' and type(t.detach()) is torch.Tensor for t in tensors)
+        return all(t is None or (t.device.type == 'cpu' and type(t.detach()) is torch.Tensor) for t in tensors)
 
-    def get(self, tensors: Sequence[torch.Tensor], compute: Callable[[], object]) -> object:
-        """The result of `compute()` for the current values of the tensors."""
+    def get(
+        self, tensors: Sequence[Optional[torch.Tensor]], compute: Callable[[], object], settings: Hashable = ()
+    ) -> object:
+        """The result of `compute()` for the current values of the tensors, and of settings that are no tensors."""
         if self._entry is not None:
-            result, copies = self._entry
-            if all(_same(a, b) for a, b in zip(tensors, copies)):
-                return result
+            result, old_settings, copies = self._entry
+            if settings == old_settings and len(tensors) == len(copies):
+                if all(_same(a, b) for a, b in zip(tensors, copies)):
+                    return result
         result = compute()
-        self._entry = (result, tuple(t.detach().clone() for t in tensors))
+        self._entry = (result, settings, tuple(None if t is None else t.detach().clone() for t in tensors))
         return result
 
     def __getstate__(self):
@@ -46,7 +54,9 @@ class ValueCache:
         return ValueCache()
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _same(a: Optional[torch.Tensor], b: Optional[torch.Tensor]) -> bool:
+    if a is None or b is None:
+        return a is b
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     a, b = a.detach(), b.detach()
@@ -72,6 +82,10 @@ class KernelCache:
     def __init__(self) -> None:
         self._values = ValueCache()
 
+    def clear(self) -> None:
+        """Forgets what is kept."""
+        self._values.clear()
+
     def keep(self, weight: torch.Tensor) -> Optional[Keep]:
         """The argument `keep` of the operations in `ops` for a kernel; None in training and where it cannot be read."""
         if torch.is_grad_enabled() or not ValueCache.usable((weight,)):
@@ -92,3 +106,14 @@ class KernelCache:
             return value
 
         return keep
+
+
+class DropsCaches(nn.Module):
+    """Mixin of modules with caches: going to train mode empties them, since they may be far larger than parameters."""
+
+    def train(self, mode: bool = True):
+        if mode:
+            for value in vars(self).values():
+                if isinstance(value, (KernelCache, ValueCache)):
+                    value.clear()
+        return super().train(mode)

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.utils import skip_init
 
 from .. import ops
-from .cache import KernelCache, ValueCache
+from ..ops.context import to_float64
+from .cache import DropsCaches, KernelCache, ValueCache
 from .kernel import SMPKernel
 from .peripheral import PeripheralKernel
 
@@ -18,7 +19,7 @@ _LONG = 64  # taps from which it pays to look for zeros
 
 
 @register_notrace_module
-class LargeConv2d(nn.Conv2d):
+class LargeConv2d(DropsCaches, nn.Conv2d):
     """An nn.Conv2d with stride 1 and padding k // 2, dense or depthwise, that convolves through `ops`."""
 
     def __init__(
@@ -65,7 +66,7 @@ class LargeConv2d(nn.Conv2d):
 
 
 @register_notrace_module
-class CausalConv1d(nn.Conv1d):
+class CausalConv1d(DropsCaches, nn.Conv1d):
     """An nn.Conv1d with stride 1 whose output t sees inputs <= t; it convolves through `ops`."""
 
     def __init__(self, in_chs: int, out_chs: int, kernel_size: int, bias: bool = True, device=None, dtype=None):
@@ -106,7 +107,7 @@ class CausalConv1d(nn.Conv1d):
 
 
 @register_notrace_module
-class SMPConv2d(nn.Module):
+class SMPConv2d(DropsCaches):
     """2D convolution with a kernel of moving points, stride 1, zero padding k // 2.
 
     Depthwise (groups = in_chs = out_chs): points shared by all channels, sums not normalised, k^2 / 4 points of
@@ -186,7 +187,7 @@ class SMPConv2d(nn.Module):
 
 
 @register_notrace_module
-class SMPConv1d(nn.Module):
+class SMPConv1d(DropsCaches):
     """Causal 1D convolution with a kernel of moving points: output t sees inputs <= t (the sequence networks).
 
     Dense, points per output filter, normalised sums. The kernel keeps its number of taps whatever the length of the
@@ -257,7 +258,7 @@ class SMPConv1d(nn.Module):
 
 
 @register_notrace_module
-class PeripheralConv2d(nn.Module):
+class PeripheralConv2d(DropsCaches):
     """Peripheral convolution (PeLK): a 2D convolution whose outer taps share parameters, stride 1, zero padding k // 2.
 
     A positional embedding h of the kernel tells the taps of a cell apart (section 4.2):
@@ -313,18 +314,20 @@ class PeripheralConv2d(nn.Module):
     def forward(self, x: torch.Tensor, pos_embed: Optional[torch.Tensor] = None) -> torch.Tensor:
         """(B, in_chs, H, W), and the embedding (in_chs, k, k) or None -> (B, out_chs, H, W)."""
         kernel = self.kernel.for_convolution()
-        bias = self._total_bias(kernel, pos_embed)
+        bias = self._total_bias(kernel, pos_embed, self.bias)
         keep = None if torch.jit.is_scripting() else self._kept.keep(kernel)
         if self.depthwise:
             return ops.depthwise_conv2d(x, kernel, bias, keep)
         return ops.conv2d(x, kernel, bias, keep)
 
-    def _total_bias(self, kernel: torch.Tensor, pos_embed: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    def _total_bias(
+        self, kernel: torch.Tensor, pos_embed: Optional[torch.Tensor], bias: Optional[torch.Tensor]
+    ) -> Optional[torch.Tensor]:
         if pos_embed is None:
-            return self.bias
+            return bias
         embedding = pos_embed.unsqueeze(1) if self.depthwise else pos_embed.unsqueeze(0)
         offset = (kernel * embedding).sum([1, 2, 3])
-        return offset if self.bias is None else self.bias + offset
+        return offset if bias is None else bias + offset
 
     @torch.jit.unused
     def fuse(self, pos_embed: Optional[torch.Tensor] = None) -> nn.Module:
@@ -332,11 +335,11 @@ class PeripheralConv2d(nn.Module):
         with torch.no_grad():
             weight = self.kernel()
             # in float64, so that the sum over thousands of taps adds no rounding of its own
-            embedding = None if pos_embed is None else pos_embed.double()
-            bias = self._total_bias(weight.double(), embedding)
+            exact = [None if x is None else to_float64(x) for x in (weight, pos_embed, self.bias)]
+            bias = self._total_bias(*exact)
             conv = _large_conv(weight, self.depthwise, bias=bias is not None)
             if bias is not None:
-                conv.bias.data = bias.to(weight.dtype)
+                conv.bias.data = bias.to(weight)
         return conv.train(self.training)
 
 

@@ -1,13 +1,14 @@
 """Continuous convolution kernels rendered from self-moving points (SMPConv, CVPR 2023)."""
 
 import math
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Hashable, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import nn
 
 from ..ops.context import full_precision
-from .cache import ValueCache
+from .cache import DropsCaches, ValueCache
+from .plain import has_hooks
 
 __all__ = ['SMPKernel']
 
@@ -20,15 +21,16 @@ def _check_positive(name: str, value: float) -> None:
         raise ValueError(f'{name} must be positive, got {value}.')
 
 
-class SMPKernel(nn.Module):
+class SMPKernel(DropsCaches):
     """A convolution kernel given by moving points; calling it renders the dense kernel.
 
     The kernel is a function on [-1, 1]^d made of N points with coordinates p_i, radii r_i and weights w_i (Eq. 1, 2):
 
         SMP(x) = 1 / |N(x)| * sum_i g(x, p_i, r_i) w_i,   g(x, p, r) = max(0, 1 - |x - p|_1 / r),   N(x) = {i : g > 0}
 
-    sampled at linspace(-1, 1, k) in each dimension. In 2D, coordinate 0 runs along the width from left to right and
-    coordinate 1 along the height from bottom to top, so row 0 of the rendered kernel lies at coordinate +1.
+    sampled at linspace(-1, 1, k) in each dimension (a single tap lies at -1, as in the reference, where points hardly
+    reach it). In 2D, coordinate 0 runs along the width from left to right and coordinate 1 along the height from bottom
+    to top, so row 0 of the rendered kernel lies at coordinate +1.
 
     The radii are learned 0.1 x as fast as everything else and stay within a range. Both live in the parameter, not in
     the training script: radius = base_radius + radius_lr_scale * radius_offset, where the buffer `base_radius` holds
@@ -162,12 +164,22 @@ class SMPKernel(nn.Module):
         self.radius_offset.zero_()
 
     def project(self) -> None:
-        """Projects the radii into their range, by changing the offsets in place."""
-        if self.learn_radius:
-            with torch.no_grad():
-                low = (self.min_radius - self.base_radius) / self.radius_lr_scale
-                high = (self.max_radius - self.base_radius) / self.radius_lr_scale
-                self.radius_offset.copy_(torch.minimum(torch.maximum(self.radius_offset, low), high))
+        """Projects the radii into their range, by changing the offsets in place.
+
+        Does nothing to offsets that are spread over processes (DTensor) or of another special kind: their radii stay
+        within the range all the same, which `radius` sees to.
+        """
+        if not self.learn_radius:
+            return
+        if not torch.jit.is_scripting():
+            if type(self.radius_offset.detach()) is not torch.Tensor:
+                return
+        with torch.no_grad():
+            low = (self.min_radius - self.base_radius) / self.radius_lr_scale
+            high = (self.max_radius - self.base_radius) / self.radius_lr_scale
+            # data: autograd need not know, and refuses where the parameter is a view of others (FSDP, flat vectors)
+            offset = self.radius_offset.data
+            offset.copy_(torch.minimum(torch.maximum(offset, low), high))
 
     def forward(self, size: Optional[Union[int, List[int]]] = None) -> torch.Tensor:
         """Renders the kernel.
@@ -209,12 +221,23 @@ class SMPKernel(nn.Module):
 
     @torch.jit.unused
     def _for_convolution(self) -> torch.Tensor:
-        tensors = (self.coords, self.base_radius, self.radius_offset, self.weights)
-        if not ValueCache.usable(tensors):
-            return self.forward()
+        tensors = self.tensors()
+        if not ValueCache.usable(tensors) or has_hooks(self):
+            return self()
         if self.training or torch.is_grad_enabled():
             return self.render_reached()
-        return self._rendered.get(tensors, self.render_reached)
+        return self._rendered.get(tensors, self.render_reached, self.settings())
+
+    @torch.jit.unused
+    def tensors(self) -> Tuple[torch.Tensor, ...]:
+        """All tensors that the kernel depends on."""
+        return self.coords, self.base_radius, self.radius_offset, self.weights
+
+    @torch.jit.unused
+    def settings(self) -> Hashable:
+        """All else that the kernel depends on."""
+        radii = (self.radius_lr_scale, self.min_radius, self.max_radius)
+        return (*self.kernel_size, self.normalize, self.causal, self.shared_points, *radii)
 
     @torch.jit.unused
     def render_reached(self) -> torch.Tensor:

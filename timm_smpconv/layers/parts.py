@@ -3,6 +3,9 @@
 from typing import Callable
 
 import torch
+from torch import nn
+
+from .plain import is_plain
 
 __all__ = ['by_parts']
 
@@ -11,10 +14,13 @@ __all__ = ['by_parts']
 _MAX_BYTES = 10 * 2**20
 
 
-def by_parts(fn: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, numel: int) -> torch.Tensor:
+def by_parts(
+    module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, numel: int
+) -> torch.Tensor:
     """Applies a function to a batch, on a CPU without gradients in parts that keep its largest map small.
 
     Args:
+        module: What the function calls: where a part of it has to see the whole batch, it does.
         fn: Function that treats the samples of a batch alike and apart from each other.
         x: Batch, (B, ...).
         numel: Elements of the largest map of one sample.
@@ -25,6 +31,6 @@ def by_parts(fn: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, numel:
     if isinstance(x, torch.Tensor) and x.device.type == 'cpu' and not torch.is_grad_enabled():
         if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             size = max(_MAX_BYTES // (max(numel, 1) * x.element_size()), 1)
-            if size < x.shape[0]:
+            if size < x.shape[0] and is_plain(module):
                 return torch.cat([fn(part) for part in x.split(size)])
     return fn(x)

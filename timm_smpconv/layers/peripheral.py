@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cache import ValueCache
+from .cache import DropsCaches, ValueCache
+from .plain import has_hooks
 
 __all__ = ['PeripheralKernel', 'sharing_grid']
 
@@ -41,7 +42,7 @@ def sharing_grid(kernel_size: int, center_size: int = 5, base: int = 2) -> List[
     return [*side[::-1], *[1] * center, *side]
 
 
-class PeripheralKernel(nn.Module):
+class PeripheralKernel(DropsCaches):
     """A k x k kernel made of k' x k' parameters; calling it renders the dense kernel.
 
     The sharing grid divides both sides of the kernel into k' cells, of one tap in the centre and exponentially wider
@@ -141,9 +142,10 @@ class PeripheralKernel(nn.Module):
 
     @torch.jit.unused
     def _for_convolution(self) -> torch.Tensor:
-        tensors = list(self.parameters())
-        if self.training or torch.is_grad_enabled() or not ValueCache.usable(tensors):
-            return self.forward()
+        # not parameters(), which copies for other devices and sharded modules lack
+        tensors = (self.weights, self.small)
+        if self.training or torch.is_grad_enabled() or not ValueCache.usable(tensors) or has_hooks(self):
+            return self()
         return self._rendered.get(tensors, self.forward)
 
     def extra_repr(self) -> str:

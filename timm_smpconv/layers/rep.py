@@ -1,29 +1,53 @@
 """Blocks that train as several linear operations and deploy as one."""
 
-from typing import Optional, Tuple, Type, Union
+from typing import Hashable, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ConvNormAct
+from timm.layers import BatchNormAct2d, ConvNormAct, FrozenBatchNormAct2d, SyncBatchNormAct
 from timm.models import register_notrace_module
 from torch import nn
 from torch.nn.utils import skip_init
+from torchvision.ops.misc import FrozenBatchNorm2d
 
-from .cache import ValueCache
+from ..ops.context import to_float64
+from .cache import DropsCaches, ValueCache
 from .conv import CausalConv1d, LargeConv2d, SMPConv1d, SMPConv2d
+from .kernel import SMPKernel
+from .plain import is_plain
 
-__all__ = ['AffineNorm', 'ConvNorm', 'RepSMPConv1d', 'RepSMPConv2d', 'fold_norm_into_next', 'fold_norm_into_previous']
+__all__ = [
+    'AffineNorm',
+    'ConvNorm',
+    'RepSMPConv1d',
+    'RepSMPConv2d',
+    'fold_norm_into_next',
+    'fold_norm_into_previous',
+    'is_foldable',
+    'norm_to_conv',
+]
+
+# what timm makes of batch norms: synchronised between processes (convert_sync_batchnorm), frozen (freeze)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+_NORMS_WITH_ACT = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
+
+
+def is_foldable(norm: nn.Module) -> bool:
+    """Whether a module is a batch norm that, in eval mode, is a scale and a shift of each channel and nothing else."""
+    return isinstance(norm, _NORMS) and not isinstance(norm, _NORMS_WITH_ACT) and norm.running_var is not None
 
 
 def _scale_shift(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
     """Scale and shift of a batch norm in eval mode, in float64 so that folding adds no rounding of its own."""
-    var, mean = norm.running_var.double(), norm.running_mean.double()
-    scale = norm.weight.double() / (var + norm.eps).sqrt()
-    return scale, norm.bias.double() - mean * scale
+    scale = (to_float64(norm.running_var) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = to_float64(norm.weight) * scale
+    shift = -to_float64(norm.running_mean) * scale
+    return scale, shift if norm.bias is None else shift + to_float64(norm.bias)
 
 
 def _check_eval(module: nn.Module) -> None:
-    if module.training:
+    if any(m.training for m in module.modules()):
         raise RuntimeError(
             f'{type(module).__name__} cannot be reparameterized in train mode, where its batch norms use batch '
             f'statistics: call model.eval() first.'
@@ -38,18 +62,29 @@ def fold_norm_into_previous(
     """Weight and bias (float64) of norm(conv(x)) for a convolution with the given weight (O, ...) and bias (O,)."""
     scale, shift = _scale_shift(norm)
     if bias is not None:
-        shift = shift + bias.double() * scale
-    scale = scale.reshape(-1, *[1] * (weight.ndim - 1))
+        shift = shift + to_float64(bias) * scale
     # in place: the kernel of a long sequence takes 100 MB
-    return weight.to(torch.float64, copy=True).mul_(scale), shift
+    exact = to_float64(weight) if weight.dtype != torch.float64 else weight.clone()
+    return exact.mul_(scale.reshape(-1, *[1] * (weight.ndim - 1))), shift
 
 
 def fold_norm_into_next(norm: nn.Module, conv: nn.Module) -> None:
     """Folds a batch norm into the 1x1 convolution with a bias that follows it, in place."""
     scale, shift = _scale_shift(norm)
-    weight = conv.weight.data.double()
-    conv.bias.data = (conv.bias.data.double() + weight.flatten(1) @ shift).to(conv.weight.dtype)
-    conv.weight.data = (weight * scale.reshape(1, -1, *[1] * (weight.ndim - 2))).to(conv.weight.dtype)
+    weight = to_float64(conv.weight.data)
+    conv.bias.data = (to_float64(conv.bias.data) + weight.flatten(1) @ shift).to(conv.weight)
+    conv.weight.data = (weight * scale.reshape(1, -1, *[1] * (weight.ndim - 2))).to(conv.weight)
+
+
+def norm_to_conv(norm: nn.Module) -> nn.Module:
+    """A batch norm of maps as a depthwise 1x1 convolution."""
+    _check_eval(norm)
+    scale, shift = _scale_shift(norm)
+    like = norm.running_var if norm.weight is None else norm.weight
+    channels = len(scale)
+    conv = skip_init(nn.Conv2d, channels, channels, 1, groups=channels, device=like.device, dtype=like.dtype)
+    conv.weight.data, conv.bias.data = scale.to(like).reshape(-1, 1, 1, 1), shift.to(like)
+    return conv.eval()
 
 
 class ConvNorm(ConvNormAct):
@@ -57,7 +92,7 @@ class ConvNorm(ConvNormAct):
 
     def reparameterize(self) -> None:
         """Folds the batch norm into the convolution, in place; does nothing the second time."""
-        if not isinstance(self.bn, nn.BatchNorm2d):
+        if not isinstance(self.bn, _NORMS_WITH_ACT):
             return
         _check_eval(self)
         old, norm = self.conv, self.bn
@@ -73,7 +108,7 @@ class ConvNorm(ConvNormAct):
             device=old.weight.device,
             dtype=old.weight.dtype,
         )
-        self.conv.weight.data, self.conv.bias.data = weight.to(old.weight.dtype), bias.to(old.weight.dtype)
+        self.conv.weight.data, self.conv.bias.data = weight.to(old.weight), bias.to(old.weight)
         self.bn = norm.act
         self.eval()
 
@@ -84,19 +119,14 @@ class AffineNorm(nn.BatchNorm2d):
 
     def fuse(self) -> nn.Module:
         """The equivalent convolution."""
-        _check_eval(self)
-        scale, shift = _scale_shift(self)
-        dtype = self.weight.dtype
-        channels, device = self.num_features, self.weight.device
-        conv = skip_init(nn.Conv2d, channels, channels, 1, groups=channels, device=device, dtype=dtype)
-        conv.weight.data, conv.bias.data = scale.to(dtype).reshape(-1, 1, 1, 1), shift.to(dtype)
-        return conv.eval()
+        return norm_to_conv(self)
 
 
-class _RepSMPConv(nn.Module):
+class _RepSMPConv(DropsCaches):
     """norm(large(x)) + norm(small(x)): the two-branch block of section 3.4, one convolution once deployed.
 
-    In eval mode without gradients it already computes as one, folded anew when a parameter or statistic has changed.
+    In eval mode without gradients it already computes as one, folded anew when a parameter or statistic has changed;
+    unless a part of it has been replaced, is observed by hooks or is in train mode.
     """
 
     def __init__(
@@ -120,19 +150,49 @@ class _RepSMPConv(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting() and not self.training and not torch.is_grad_enabled():
-            tensors = [*self.parameters(), *self.buffers()]
-            if ValueCache.usable(tensors) and not self._is_observed():
-                return self._folded.get(tensors, self._fold_reached)(x)
+            if self._is_foldable():
+                tensors = self._tensors()
+                if ValueCache.usable(tensors) and is_plain(self):
+                    return self._folded.get(tensors, self._fold_reached, self._settings())(x)
         return self.large_norm(self.large(x)) + self.small_norm(self.small(x))
 
     @torch.jit.unused
-    def _is_observed(self) -> bool:
-        # hooks on the branches, such as those of profilers and counters, want to see them run
-        return any(m._forward_hooks or m._forward_pre_hooks for m in self.modules() if m is not self)
+    def _is_foldable(self) -> bool:
+        """Whether all parts are those that folding knows: neither wrapped nor replaced nor parametrized."""
+        return (
+            type(self.large) in (SMPConv1d, SMPConv2d)
+            and type(self.large.kernel) is SMPKernel
+            and type(self.small) in (CausalConv1d, LargeConv2d)
+            and all(type(norm) in _NORMS and is_foldable(norm) for norm in (self.large_norm, self.small_norm))
+        )
+
+    @torch.jit.unused
+    def _tensors(self) -> Tuple[Optional[torch.Tensor], ...]:
+        """All tensors that the folded convolution depends on."""
+        # not parameters(), which sharded modules lack
+        tensors = [*self.large.kernel.tensors(), self.large.bias, self.small.weight, self.small.bias]
+        for norm in (self.large_norm, self.small_norm):
+            tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        return tuple(tensors)
+
+    @torch.jit.unused
+    def _settings(self) -> Hashable:
+        """All else that it depends on."""
+        return self.large.kernel.settings(), self.large_norm.eps, self.small_norm.eps
 
     @torch.jit.unused
     def fuse(self) -> nn.Module:
-        """The equivalent plain convolution with a bias: points rendered, norms and small branch folded in."""
+        """The equivalent plain convolution with a bias: points rendered, norms and small branch folded in.
+
+        Raises:
+            RuntimeError: The block is in train mode, or has norms that are no batch norms with running statistics.
+        """
+        for norm in (self.large_norm, self.small_norm):
+            if not is_foldable(norm):
+                raise RuntimeError(
+                    f'{type(self).__name__} cannot be reparameterized: its norms must be batch norms with running '
+                    f'statistics to be folded into a convolution, got {norm}.'
+                )
         _check_eval(self)
         with torch.no_grad():
             return self._fold(self.large.kernel())
@@ -146,8 +206,8 @@ class _RepSMPConv(nn.Module):
     def _fold(self, kernel: torch.Tensor) -> nn.Module:
         weight, bias = fold_norm_into_previous(kernel, self.large.bias, self.large_norm)
         small, small_bias = fold_norm_into_previous(self.small.weight, self.small.bias, self.small_norm)
-        conv = self.large.to_conv(_add_small(weight, small, causal=kernel.ndim == 3).to(kernel.dtype))
-        conv.bias.data = (bias + small_bias).to(kernel.dtype)
+        conv = self.large.to_conv(_add_small(weight, small, causal=kernel.ndim == 3).to(kernel))
+        conv.bias.data = (bias + small_bias).to(kernel)
         return conv.eval()
 
 

@@ -9,7 +9,7 @@ from timm.models._features import feature_take_indices
 from timm.utils import reparameterize_model
 from torch import nn
 
-from ..layers import SMPKernel
+from ..layers import SMPKernel, is_foldable, norm_to_conv
 
 __all__ = ['LargeKernelNet', 'check_input', 'check_stages', 'init_weights']
 
@@ -99,7 +99,10 @@ class LargeKernelNet(nn.Module):
             raise RuntimeError(
                 f'{type(self).__name__} cannot be reparameterized in train mode: call model.eval() first.'
             )
-        return reparameterize_model(self, inplace=True)
+        reparameterize_model(self, inplace=True)
+        if is_foldable(self.norm):  # an AffineNorm that was synchronised, or frozen and unfrozen
+            self.norm = norm_to_conv(self.norm)
+        return self
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -199,7 +202,7 @@ class LargeKernelNet(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> List[int]:
-        """Removes what the given intermediates do not need.
+        """Removes what the given intermediates do not need: stages behind them, with these the norm and the classifier.
 
         Args:
             indices: Stages to keep, as in forward_intermediates.
@@ -210,10 +213,13 @@ class LargeKernelNet(nn.Module):
             Indices of the stages taken.
         """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        ends_early = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
-        if prune_norm:
+        if prune_norm or ends_early:  # the norm is that of the last stage
             self.norm = nn.Identity()
-        if prune_head:
+        if ends_early:
+            self.num_features = self.head_hidden_size = self.head.in_features = self.feature_info[max_index]['num_chs']
+        if prune_head or ends_early:
             self.reset_classifier(0, '')
         return take_indices
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from ..layers import PeripheralConv2d, by_parts
 from ..ops import to_fast_format
+from ..ops.context import to_float64
 from ._base import LargeKernelNet, check_stages, init_weights
 from ._builder import build, imagenet_cfg
 from ._checkpoint import adapt_input_channels, unwrap_checkpoint
@@ -94,9 +95,9 @@ class PeLKBlock(nn.Module):
             self.conv = self.conv.fuse(pos_embed if self.embedded else None)
             self.embedded = False
         if self.gamma is not None:
-            last, gamma = self.mlp.fc2, self.gamma.data.double()
-            last.weight.data = (last.weight.data.double() * gamma[:, None]).to(last.weight.dtype)
-            last.bias.data = (last.bias.data.double() * gamma).to(last.bias.dtype)
+            last, gamma = self.mlp.fc2, to_float64(self.gamma.data)
+            last.weight.data = (to_float64(last.weight.data) * gamma[:, None]).to(last.weight)
+            last.bias.data = (to_float64(last.bias.data) * gamma).to(last.bias)
             self.gamma = None
 
     def _mix(self, x: torch.Tensor, pos_embed: Optional[torch.Tensor]) -> torch.Tensor:
@@ -114,12 +115,14 @@ class PeLKBlock(nn.Module):
         """Maps (B, dim, H, W), and the embedding of the stage, to maps of the same shape."""
         y = self._mix(x, pos_embed)
         if torch.jit.is_scripting() or self.training:
-            return x + self.drop_path(self._mlp(y))
-        return x + self._by_parts(y)
+            y = self._mlp(y)
+        else:
+            y = self._by_parts(y)
+        return x + self.drop_path(y)
 
     @torch.jit.unused
     def _by_parts(self, x: torch.Tensor) -> torch.Tensor:
-        return by_parts(self._mlp, x, self.hidden_dim * x.shape[2] * x.shape[3])
+        return by_parts(self, self._mlp, x, self.hidden_dim * x.shape[2] * x.shape[3])
 
 
 class PeLKStage(nn.Module):
@@ -274,9 +277,11 @@ class PeLK(LargeKernelNet):
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> List[int]:
         """Removes what the given intermediates do not need, see LargeKernelNet; the norm is that of the head."""
+        num_stages = len(self.stages)
         take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        if prune_norm:
+        if prune_norm or len(self.stages) < num_stages:
             self.head.norm = nn.Identity()
+            self.head.num_features = self.num_features
         return take_indices
 
 

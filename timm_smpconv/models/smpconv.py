@@ -1,13 +1,13 @@
 """SMPConv ImageNet networks: very large depthwise kernels in the RepLKNet layout (paper, section 4.3)."""
 
-from typing import Any, Dict, Sequence, Union
+from typing import Any, Dict, Optional, Sequence, Union
 
 import torch
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
 
-from ..layers import AffineNorm, ConvNorm, RepSMPConv2d, by_parts, fold_norm_into_next
+from ..layers import AffineNorm, ConvNorm, RepSMPConv2d, by_parts, fold_norm_into_next, is_foldable
 from ..ops import to_fast_format
 from ._base import LargeKernelNet, check_stages, init_weights
 from ._builder import build, imagenet_cfg
@@ -42,7 +42,7 @@ class _PreNormBlock(nn.Module):
 
     def reparameterize(self) -> None:
         """Folds the leading norm into the first convolution, in place; does nothing the second time."""
-        if isinstance(self.norm, nn.BatchNorm2d):
+        if is_foldable(self.norm):
             self.pw1.reparameterize()
             fold_norm_into_next(self.norm, self.pw1.conv)
             self.norm = nn.Identity()
@@ -52,12 +52,14 @@ class _PreNormBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting() or self.training:
-            return x + self.drop_path(self._branch(x))
-        return x + self._by_parts(x)
+            y = self._branch(x)
+        else:
+            y = self._by_parts(x)
+        return x + self.drop_path(y)
 
     @torch.jit.unused
     def _by_parts(self, x: torch.Tensor) -> torch.Tensor:
-        return by_parts(self._branch, x, self.hidden_dim * x.shape[2] * x.shape[3])
+        return by_parts(self, self._branch, x, self.hidden_dim * x.shape[2] * x.shape[3])
 
 
 class LargeKernelBlock(_PreNormBlock):
@@ -120,7 +122,7 @@ class Stem(nn.Sequential):
 
     @torch.jit.unused
     def _by_parts(self, x: torch.Tensor) -> torch.Tensor:
-        return by_parts(self._forward, x, self.dim * x.shape[2] * x.shape[3] // 4)
+        return by_parts(self, self._forward, x, self.dim * x.shape[2] * x.shape[3] // 4)
 
 
 class SMPConvStage(nn.Module):
@@ -189,12 +191,15 @@ class SMPConv(LargeKernelNet):
         points_divisor: int = 4,
         num_points: Union[int, Sequence[int], None] = None,
         small_kernel_size: int = 5,
+        radius: Optional[float] = None,
+        coord_std: Optional[float] = None,
+        learn_coords: bool = True,
+        learn_radius: bool = True,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         inference_mode: bool = False,
         device=None,
         dtype=None,
-        **kernel_args,
     ):
         """
         Args:
@@ -208,10 +213,13 @@ class SMPConv(LargeKernelNet):
             points_divisor: Points of a kernel are floor(k^2 / points_divisor) ...
             num_points: ... unless given here, one number for all stages or one per stage.
             small_kernel_size: Taps of the small branch, odd.
+            radius: Initial radius of the points; None: 4 / k.
+            coord_std: Standard deviation of the initial coordinates; None: 0.2.
+            learn_coords: Learn the coordinates of the points.
+            learn_radius: Learn the radii of the points.
             drop_rate: Dropout rate in front of the classifier.
             drop_path_rate: Largest rate of stochastic depth, growing linearly over the pairs of blocks.
             inference_mode: Build the deployed form.
-            **kernel_args: radius, coord_std, learn_coords, learn_radius of SMPConv2d.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_classes, in_chans)
@@ -239,7 +247,10 @@ class SMPConv(LargeKernelNet):
                     drop_path=drop_path_rates[i],
                     num_points=num_points[i],
                     small_kernel_size=small_kernel_size,
-                    **kernel_args,
+                    radius=radius,
+                    coord_std=coord_std,
+                    learn_coords=learn_coords,
+                    learn_radius=learn_radius,
                     **dd,
                 )
             )

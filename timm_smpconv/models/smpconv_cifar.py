@@ -77,12 +77,13 @@ class SMPConvCifar(LargeKernelNet):
         radius: float = 0.12,
         coord_std: float = 0.05,
         small_kernel_size: int = 3,
+        learn_coords: bool = True,
+        learn_radius: bool = True,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         inference_mode: bool = False,
         device=None,
         dtype=None,
-        **kernel_args,
     ):
         """
         Args:
@@ -95,10 +96,11 @@ class SMPConvCifar(LargeKernelNet):
             radius: Initial radius of the points.
             coord_std: Standard deviation of the initial coordinates.
             small_kernel_size: Taps of the small branch, odd.
+            learn_coords: Learn the coordinates of the points.
+            learn_radius: Learn the radii of the points.
             drop_rate: Dropout rate within the blocks.
             drop_path_rate: Largest rate of stochastic depth, growing linearly with the depth.
             inference_mode: Build the deployed form.
-            **kernel_args: learn_coords, learn_radius of SMPConv2d.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_classes, in_chans)
@@ -109,7 +111,8 @@ class SMPConvCifar(LargeKernelNet):
             radius=radius,
             coord_std=coord_std,
             small_kernel_size=small_kernel_size,
-            **kernel_args,
+            learn_coords=learn_coords,
+            learn_radius=learn_radius,
             **dd,
         )
         self.stem = nn.Sequential(

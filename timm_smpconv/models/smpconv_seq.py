@@ -135,7 +135,7 @@ class SequenceHead(nn.Module):
         """Replaces the classifier and, unless None, the pooling.
 
         Raises:
-            ValueError: An unknown pooling, or a classifier asked for without pooling.
+            ValueError: An unknown pooling, or a classifier together with the pooling ''.
         """
         if pool_type is not None:
             if pool_type not in ('last', 'avg', ''):
@@ -176,6 +176,8 @@ class SMPConvSeq(LargeKernelNet):
         coord_std: float = 0.1,
         small_kernel_size: int = 5,
         conv_bias: bool = False,
+        learn_coords: bool = True,
+        learn_radius: bool = True,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         input_drop_rate: float = 0.0,
@@ -183,7 +185,6 @@ class SMPConvSeq(LargeKernelNet):
         inference_mode: bool = False,
         device=None,
         dtype=None,
-        **kernel_args,
     ):
         """
         Args:
@@ -198,12 +199,13 @@ class SMPConvSeq(LargeKernelNet):
             coord_std: Standard deviation of the initial coordinates.
             small_kernel_size: Taps of the small branch.
             conv_bias: Bias in the large convolutions.
+            learn_coords: Learn the coordinates of the points.
+            learn_radius: Learn the radii of the points.
             drop_rate: Dropout rate within the blocks.
             drop_path_rate: Largest rate of stochastic depth, growing linearly with the depth.
             input_drop_rate: Dropout rate of the input.
             permutation: Fixed order in which the time steps are read; None for their own order.
             inference_mode: Build the deployed form.
-            **kernel_args: learn_coords, learn_radius of SMPConv1d.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_classes, in_chans, sequence=True)
@@ -229,7 +231,8 @@ class SMPConvSeq(LargeKernelNet):
                     large_bias=conv_bias,
                     drop_rate=drop_rate,
                     drop_path=drop_path_rates[i],
-                    **kernel_args,
+                    learn_coords=learn_coords,
+                    learn_radius=learn_radius,
                     **dd,
                 )
             )
@@ -261,7 +264,9 @@ def convert_checkpoint(state_dict: Dict[str, Any], model: SMPConvSeq) -> Dict[st
     """Brings a checkpoint, in this package's layout or in that of the reference, into this package's layout."""
     state_dict = convert_reference(state_dict, _REFERENCE_RULES)
     if 'stem.permute.permutation' in model.state_dict():  # not part of the reference checkpoint
-        state_dict.setdefault('stem.permute.permutation', model.stem.permute.permutation)
+        order = state_dict.setdefault('stem.permute.permutation', model.stem.permute.permutation)
+        if not order.is_meta and not torch.equal(order.cpu().sort()[0], torch.arange(order.numel())):
+            raise ValueError('stem.permute.permutation is no order of the steps: each must occur once.')
     return state_dict
 
 

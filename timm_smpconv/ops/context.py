@@ -5,7 +5,7 @@ from typing import Any, Callable, ContextManager, Hashable
 
 import torch
 
-__all__ = ['Keep', 'full_precision', 'is_channels_last', 'is_exporting', 'is_trained', 'is_transformed']
+__all__ = ['Keep', 'full_precision', 'is_channels_last', 'is_exporting', 'is_trained', 'is_transformed', 'to_float64']
 
 # keep(key, numbers, compute): the result of compute(), which depends on a kernel and a key alone and holds about so
 # many real numbers; from an earlier call if the kernel is as it was then
@@ -15,6 +15,11 @@ Keep = Callable[[Hashable, int, Callable[[], Any]], Any]
 def full_precision(x: torch.Tensor) -> ContextManager[None]:
     """A context without autocast on the device of x."""
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # meta has none
+
+
+def to_float64(x: torch.Tensor) -> torch.Tensor:
+    """A tensor in float64, on the CPU if its device (mps) has no float64."""
+    return (x.cpu() if x.device.type == 'mps' else x).double()
 
 
 def is_exporting() -> bool:

@@ -154,6 +154,7 @@ def depthwise_conv2d(
 
     Raises:
         ValueError: Shapes that do not fit or an even kernel size.
+        TypeError: Integers, or two dtypes outside autocast.
     """
     if not torch.jit.is_scripting():
         _check('depthwise_conv2d', x, weight, bias, ndim=4, depthwise=True)
@@ -179,6 +180,7 @@ def conv2d(
 
     Raises:
         ValueError: Shapes that do not fit or an even kernel size.
+        TypeError: Integers, or two dtypes outside autocast.
     """
     if not torch.jit.is_scripting():
         _check('conv2d', x, weight, bias, ndim=4, depthwise=False)
@@ -204,6 +206,7 @@ def causal_conv1d(
 
     Raises:
         ValueError: Shapes that do not fit.
+        TypeError: Integers, or two dtypes outside autocast.
     """
     if not torch.jit.is_scripting():
         _check('causal_conv1d', x, weight, bias, ndim=3, depthwise=False)
@@ -245,6 +248,11 @@ def _run(
         if weight.dtype != dtype:
             weight, keep = weight.to(dtype), None  # what is kept is that of the kernel before
         x = x.to(dtype)
+    if weight.dtype != x.dtype:
+        raise TypeError(
+            f'Expected an input and a kernel of the same dtype, got {x.dtype} and {weight.dtype}: cast one of them, '
+            f'or use torch.autocast.'
+        )
     correlate = _BACKENDS[_forced or choose_backend(x, weight, left, depthwise)]
     return correlate(x, weight, None if bias is None else bias.to(x.dtype), left, depthwise, keep)
 
@@ -257,6 +265,10 @@ def _check(
     ndim: int,
     depthwise: bool,
 ) -> None:
+    if not (x.is_floating_point() and weight.is_floating_point()):
+        raise TypeError(
+            f'{name} expects floating-point numbers, got an input of {x.dtype}, a kernel of {weight.dtype}.'
+        )
     if x.ndim != ndim or weight.ndim != ndim:
         raise ValueError(
             f'{name} expects a {ndim}D input and a {ndim}D kernel, '

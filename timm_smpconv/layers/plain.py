@@ -1,0 +1,19 @@
+"""Whether a module may compute its result without calling its parts one by one."""
+
+from torch import nn
+
+__all__ = ['has_hooks', 'is_plain']
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something waits for the module to be called: a profiler, a counter, pruning that computes its weights."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module and all its parts are in eval mode and no part has hooks.
+
+    Otherwise each part has to be called, once and with the whole batch: batch norms in train mode update their
+    statistics even if the network around them is in eval mode, and hooks see what goes in and out.
+    """
+    return not any(m.training or (m is not module and has_hooks(m)) for m in module.modules())
