@@ -124,6 +124,10 @@ def slow(seconds):
     return fault
 
 
+# how a server says that a file is the same as before
+_VERSIONS = {'etag': ('ETag', '"v1"'), 'date': ('Last-Modified', 'Wed, 01 Jan 2025 00:00:00 GMT')}
+
+
 class Drive(ThreadingHTTPServer):
     """Google Drive with one file.
 
@@ -132,6 +136,7 @@ class Drive(ThreadingHTTPServer):
         mode: 'ok', 'redirect', 'warning' (a page with a form before the file), 'quota' (a page without one), 'broken'
             (every connection ends after a part), 'dead' (and no byte comes), 'refused' (403).
         ranges: The server can go on in the middle.
+        version: How it says that the file is the same: 'etag', or the 'date' of the last change.
         requests: Range headers that came.
     """
 
@@ -140,6 +145,7 @@ class Drive(ThreadingHTTPServer):
     def __init__(self, data=b'', mode='ok', ranges=True):
         super().__init__(('127.0.0.1', 0), _DriveHandler)
         self.data, self.mode, self.ranges, self.requests = data, mode, ranges, []
+        self.version = 'etag'
         self.part = max(len(data) // 3, 1)
 
     @property
@@ -182,12 +188,13 @@ class _DriveHandler(BaseHTTPRequestHandler):
         if drive.mode == 'refused':
             return self._send(403)
         start = 0
-        if drive.ranges and self.headers.get('Range') and self.headers.get('If-Range') == '"v1"':
+        header, version = _VERSIONS[drive.version]
+        if drive.ranges and self.headers.get('Range') and self.headers.get('If-Range') == version:
             start = int(self.headers['Range'].removeprefix('bytes=').rstrip('-'))
             if start >= len(drive.data):
                 return self._send(416)
         body, total = drive.data[start:], len(drive.data)
-        headers = {'ETag': '"v1"'}
+        headers = {header: version}
         if start:
             headers['Content-Range'] = f'bytes {start}-{total - 1}/{total}'
         sent = {'broken': drive.part, 'dead': 0}.get(drive.mode, len(body))

@@ -2,6 +2,8 @@
 
 import argparse
 import pickle
+import re
+import signal
 import zipfile
 
 import pytest
@@ -11,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from synth import FIXTURE_NAMES, expected, reference_state, relative_error, synth_input
 
 from timm_smpconv import WeightsError, store
+from timm_smpconv._files import save_tensors
 from timm_smpconv.checkpoint import CheckpointError, read_checkpoint
 from timm_smpconv.cli import main
 from timm_smpconv.convert import convert
+from timm_smpconv.predict import load_model
 from timm_smpconv.publish import check_folder
 
 SEQ = 'smpconv_seq_speech'
@@ -49,9 +53,10 @@ def test_convert_install_create(name, tmp_path):
     with torch.inference_mode():
         assert relative_error(deployed(x), wanted) < 2e-4
     checks = check_folder(result.folder)
-    assert [check.name for check in checks] == ['files', 'config', 'card', 'logits'] and all(c.ok for c in checks)
+    assert [check.name for check in checks] == ['files', 'config', 'card', 'logits', 'logits, deployed']
+    assert all(check.ok for check in checks)
     card = (result.folder / 'README.md').read_text()
-    assert store.file_sha256(file) in card and 'license: mit' in card and 'has not been measured' in card
+    assert store.file_sha256(file) in card and 'license: unknown' in card and 'has not been measured' in card
     assert str(tmp_path) not in card + (result.folder / 'config.json').read_text()
     tensors = load_file(result.folder / 'test' / 'rand_tensors.safetensors')
     assert set(tensors) == {'input', 'output', 'features', 'pre_logits'}
@@ -197,9 +202,10 @@ def test_arguments(tmp_path):
     out = convert(tmp_path / 'a.safetensors', 'smpconv_seq_mnist', tmp_path / 'out', model_kwargs=SMALL).folder
     with pytest.raises(FileExistsError, match='overwrite'):
         convert(tmp_path / 'a.safetensors', 'smpconv_seq_mnist', out, model_kwargs=SMALL)
-    (out / 'mark').touch()
     convert(tmp_path / 'a.safetensors', 'smpconv_seq_mnist', out, model_kwargs=SMALL, overwrite=True)
-    assert not (out / 'mark').exists()
+    for kwargs in (dict(features_only=True), dict(device='nowhere')):
+        with pytest.raises(ValueError, match='Cannot'):
+            convert(tmp_path / 'a.safetensors', 'smpconv_seq_mnist', tmp_path / 'other', model_kwargs=kwargs)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['a.safetensors', 'out']
 
 
@@ -225,3 +231,114 @@ def test_transformers(tmp_path):
 
 def test_error_type():
     assert issubclass(CheckpointError, WeightsError) and issubclass(WeightsError, RuntimeError)
+
+
+def test_only_conversions_are_overwritten(tmp_path, monkeypatch):
+    """A folder of a training run, or the checkpoint itself, is not lost to --overwrite."""
+    run = tmp_path / 'run'
+    run.mkdir()
+    save_file(small().state_dict(), run / 'last.safetensors')
+    (run / 'log.csv').write_text('epoch')
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    monkeypatch.chdir(run)
+    for out in (run, '.', run / 'last.safetensors', run / 'log.csv'):
+        with pytest.raises(FileExistsError, match='not overwritten'):
+            convert(run / 'last.safetensors', 'smpconv_seq_mnist', out, model_kwargs=SMALL, overwrite=True)
+    out = convert(run / 'last.safetensors', 'smpconv_seq_mnist', tmp_path / 'out', model_kwargs=SMALL).folder
+    with pytest.raises(FileExistsError, match='not overwritten'):  # nor what it reads from
+        convert(out / 'model.safetensors', 'smpconv_seq_mnist', out, model_kwargs=SMALL, overwrite=True)
+    monkeypatch.chdir(out)
+    assert convert(run / 'last.safetensors', 'smpconv_seq_mnist', '.', model_kwargs=SMALL, overwrite=True).folder == out
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['out', 'run']
+
+
+def test_installed_weights_keep_their_statistics(tmp_path):
+    """Weights of inputs that were normalised in another way say so, also without a config.json beside them."""
+    state = timm.create_model(SEQ).state_dict()
+    mean, std = tuple(float(i) for i in range(20)), (3.0,) * 20
+    save_tensors(tmp_path / 'a.safetensors', state, dict(mean=mean, std=std))
+    result = convert(tmp_path / 'a.safetensors', SEQ, tmp_path / 'out', install=True)
+    for model in (
+        timm.create_model(SEQ, pretrained=True),
+        timm.create_model(f'local-dir:{result.folder}', pretrained=True),
+        load_model(SEQ),
+        load_model(SEQ, tmp_path / 'a.safetensors'),
+    ):
+        assert tuple(model.pretrained_cfg['mean']) == mean and tuple(model.pretrained_cfg['std']) == std
+    chosen = timm.create_model(SEQ, pretrained=True, pretrained_cfg_overlay=dict(mean=(1.0,)))
+    assert chosen.pretrained_cfg['mean'] == (1.0,) and tuple(chosen.pretrained_cfg['std']) == std
+    assert result.sha256 == store.file_sha256(result.folder / 'model.safetensors')
+
+
+@pytest.mark.parametrize(
+    'statistics', [dict(mean=[float('nan')] * 20), dict(std=[0.0] * 20), dict(mean=[1.0] * 3), dict(std=[])]
+)
+def test_impossible_statistics(statistics, tmp_path):
+    save_tensors(tmp_path / 'a.safetensors', timm.create_model(SEQ).state_dict(), statistics)
+    with pytest.raises(CheckpointError, match='numbers'):
+        convert(tmp_path / 'a.safetensors', SEQ, tmp_path / 'out')
+    with pytest.raises(ValueError, match='numbers'):
+        load_model(SEQ, tmp_path / 'a.safetensors')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_numbers_that_do_not_survive(tmp_path):
+    """What is no number any more in the dtype of the network, or is none without scales."""
+    key = 'head.fc.weight'
+    for value, problem in (
+        (torch.full((10, 4), 1e39, dtype=torch.float64), 'not finite'),
+        (torch.zeros(10, 4).to(torch.float8_e4m3fn), 'float8'),
+        (torch.nested.nested_tensor([torch.zeros(4)] * 10), 'nested'),
+    ):
+        torch.save(dict(small().state_dict(), **{key: value}), tmp_path / 'a.pth')
+        with pytest.raises(CheckpointError, match=problem):
+            convert(tmp_path / 'a.pth', 'smpconv_seq_mnist', tmp_path / 'out', model_kwargs=SMALL)
+
+
+def test_orders_of_steps(tmp_path):
+    for order in (torch.zeros(784, dtype=torch.long), torch.arange(784) + 1):
+        state = timm.create_model('smpconv_seq_pmnist').state_dict()
+        state['stem.permute.permutation'] = order
+        torch.save(state, tmp_path / 'a.pth')
+        with pytest.raises(CheckpointError, match='order of the steps'):
+            convert(tmp_path / 'a.pth', 'smpconv_seq_pmnist', install=True)
+
+
+def test_contents_decide_not_names(tmp_path):
+    torch.save(small().state_dict(), tmp_path / 'torch.safetensors')
+    convert(tmp_path / 'torch.safetensors', 'smpconv_seq_mnist', tmp_path / 'out', model_kwargs=SMALL)
+
+
+def test_card_of_a_customised_network(tmp_path):
+    save_file(small().state_dict(), tmp_path / 'a.safetensors')
+    result = convert(
+        tmp_path / 'a.safetensors',
+        'smpconv_seq_mnist',
+        tmp_path / 'out',
+        deployed=True,
+        model_kwargs=SMALL,
+        license='cc-by-4.0',
+    )
+    card = (result.folder / 'README.md').read_text()
+    assert 'license: cc-by-4.0' in card and 'CC-BY-4.0.' in card
+    (snippet,) = re.findall(r"`timm.create_model\('smpconv_seq_mnist', (.*checkpoint_path=FILE.*)\)`", card)
+    file = str(result.folder / 'deployed.safetensors')
+    timm.create_model('smpconv_seq_mnist', **eval(f'dict({snippet})', dict(FILE=file)))
+    assert all(check.ok for check in check_folder(result.folder))
+    save_file(load_file(file) | {'head.fc.bias': torch.ones(10)}, file)
+    assert [check.name for check in check_folder(result.folder) if not check.ok] == ['logits, deployed']
+
+
+def test_a_full_disk(tmp_path):
+    resource = pytest.importorskip('resource')
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(OSError, match='Cannot write'):
+            save_tensors(tmp_path / 'a.safetensors', dict(a=torch.zeros(10_000)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())

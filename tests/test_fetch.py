@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import servers
@@ -96,7 +97,7 @@ def test_other_process_goes_on(drive, own):
     part = own / 'downloads' / f'{WEIGHTS[NAME].authors_file}.part'
     part.parent.mkdir(parents=True)
     part.write_bytes(drive.data[: 1 << 19])
-    part.with_name(part.name + '.etag').write_text('"v1"')
+    part.with_name(part.name + '.version').write_text('"v1"')
     check_logits(create())
     assert drive.requests[0] == f'bytes={1 << 19}-'
 
@@ -285,3 +286,55 @@ def test_names(own):
         store.find('../etc')
     with pytest.raises(WeightsError, match='None were ever published'):
         timm.create_model('smpconv_mobile51', pretrained=True)
+
+
+def test_dates_in_place_of_etags(drive):
+    """A server without ETags, whose connections break: the date of the last change tells that the file is the same."""
+    drive.mode, drive.part, drive.version = 'broken', len(drive.data) // 3, 'date'
+    check_logits(create())
+    assert drive.requests[1] == f'bytes={drive.part}-'
+
+
+def test_damaged_note_of_the_version(drive, own):
+    part = own / 'downloads' / f'{WEIGHTS[NAME].authors_file}.part'
+    part.parent.mkdir(parents=True)
+    part.write_bytes(drive.data[: 1 << 19])
+    part.with_name(part.name + '.version').write_text('"v1"\r\nHost: elsewhere')
+    check_logits(create())
+    assert drive.requests[0] is None
+
+
+def test_no_home(monkeypatch):
+    """Bundled weights need no store; others say what is missing."""
+
+    def nowhere():
+        raise RuntimeError('Could not determine home directory.')
+
+    monkeypatch.delenv('TIMM_SMPCONV_CACHE')
+    monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+    monkeypatch.setattr(Path, 'home', nowhere)
+    timm.create_model('smpconv_cifar', pretrained=True)
+    with pytest.raises(WeightsError, match='TIMM_SMPCONV_CACHE'):
+        timm.create_model('smpconv_tiny', pretrained=True)
+    with pytest.raises(WeightsError, match='TIMM_SMPCONV_CACHE'):
+        store.store_dir()
+
+
+def test_a_store_that_cannot_be_read_is_left(drive, own, monkeypatch, caplog):
+    create()
+
+    def refuse(path):
+        raise PermissionError(13, 'Permission denied', str(path))
+
+    before = files(own)
+    monkeypatch.setattr(store, 'file_sha256', refuse)
+    assert store.find(NAME) is None and 'not used' in caplog.text
+    assert files(own) == before
+
+
+@pytest.mark.parametrize(
+    'text', ['http://me:secret@host:9/x', 'cannot reach https://hf_token@host', 'http://host/a@b and //u:p@h/']
+)
+def test_passwords_are_not_shown(text):
+    shown = fetch.without_password(text)
+    assert 'secret' not in shown and 'hf_token' not in shown and 'u:p' not in shown and 'host' in shown

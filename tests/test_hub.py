@@ -1,6 +1,7 @@
 """The Hugging Face Hub, as new processes with empty caches meet it: publishing, loading, and every failure."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +9,9 @@ import pytest
 import servers
 import torch
 from failures import _HUB, NAME, ROWS, cached_weights, make_folder, publish, run_client, run_row
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from timm_smpconv.convert import convert
 
 
 @pytest.fixture(scope='session')
@@ -145,3 +148,76 @@ def test_next_source_follows(fault, folder, tmp_path):
         count = len(drive.requests)
         assert run_client(dict(environment, HF_HUB_OFFLINE='1'))['sum'] == result['sum']
         assert len(drive.requests) == count
+
+
+def test_push_of_other_weights(folder, tmp_path):
+    """Deployed weights of earlier weights do not stay beside new ones; the card names the repository."""
+    repo = 'me/elsewhere'
+    with_deployed = tmp_path / 'with'
+    convert(folder / 'model.safetensors', NAME, with_deployed, deployed=True)
+    with servers.hub_server() as server:
+        environment = servers.hub_environment(server, tmp_path / 'home')
+
+        def published():
+            r = server.hub.repos[repo]
+            return r['commits'][r['refs']['main']]['tree']
+
+        command(environment, 'push', with_deployed, '--repo', repo)
+        assert 'deployed.safetensors' in published()
+        assert 'logits, deployed' in command(environment, 'verify', repo)
+        command(environment, 'push', folder, '--repo', repo)
+        assert 'deployed.safetensors' not in published()
+        card = published()['README.md'].data.decode()
+        assert f"'hf-hub:{repo}'" in card and 'ORG/NAME' not in card
+    (with_deployed / 'deployed.safetensors').write_bytes(b'garbage' * 100)
+    assert 'logits, deployed' in command(environment, 'push', with_deployed, '--repo', repo, expected=2)
+
+
+@pytest.mark.parametrize('code', [403, 408, 429])
+def test_a_server_that_refuses_leaves_the_cache(code, folder, tmp_path, weights_sum):
+    with servers.hub_server() as server:
+        publish(server.hub, folder)
+        environment = servers.hub_environment(server, tmp_path)
+        assert run_client(environment, NAME)['ok']
+        server.hub.faults.append(servers.status(code))
+        result = run_client(environment, NAME)
+        assert result['ok'] and result['sum'] == pytest.approx(weights_sum, rel=1e-9), result
+
+
+@pytest.mark.parametrize('what', ['nan', 'other', 'code'])
+def test_unusable_files_on_the_hub(what, folder, tmp_path):
+    """Whole files that are of no use are one cause among others, for every way to ask."""
+    state = load_file(folder / 'model.safetensors')
+    wrong = tmp_path / 'wrong'
+    shutil.copytree(folder, wrong)
+    if what == 'nan':
+        state['head.fc.weight'][0, 0] = float('nan')
+    elif what == 'other':
+        state['head.fc.weight'] = torch.zeros(3, 3)
+    save_file(state, wrong / 'model.safetensors')
+    names = [NAME] if what == 'other' else [NAME, _HUB]
+    if what == 'code':
+        (wrong / 'model.safetensors').unlink()
+        torch.save(dict(state, hook=json.dumps), wrong / 'pytorch_model.bin')
+    words = {'nan': 'not finite', 'other': 'shape of head.fc.weight', 'code': 'could run code'}[what]
+    with servers.hub_server() as server:
+        publish(server.hub, wrong)
+        environment = servers.hub_environment(server, tmp_path / 'home')
+        for name in names:
+            result = run_client(environment, name)
+            assert not result['ok'] and result['type'] == 'WeightsError' and words in result['message'], result
+            assert 'weights_only=False' not in result['message']
+
+
+def test_causes(tmp_path):
+    """What is wrong is said, not what is not."""
+    with servers.hub_server() as server:
+        environment = servers.hub_environment(server, tmp_path)
+        assert 'no name of a repository' in command(environment, 'verify', 'a b/c', expected=2)
+        offline = dict(environment, HF_HUB_OFFLINE='1')
+        text = command(offline, 'verify', 'me/x', expected=2)
+        assert 'offline (HF_HUB_OFFLINE is set)' in text and 'no connection' not in text
+        server.hub.faults.append(servers.status(403))
+        assert 'refused (403)' in command(environment, 'verify', 'me/x', expected=2)
+        secret = dict(environment, HF_ENDPOINT='http://user:s3cret@127.0.0.1:9')
+        assert 's3cret' not in run_client(secret, _HUB, 'timm_smpconv')['message']

@@ -1,6 +1,7 @@
 """Files that are there completely or not at all, whatever kills the process that writes them."""
 
 import contextlib
+import glob
 import json
 import os
 import tempfile
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 __all__ = ['atomic_path', 'read_metadata', 'save_tensors', 'write_text']
@@ -29,7 +30,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         Empty temporary file beside it, of this call alone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f'.{path.name}.*.part'):  # by processes that were killed
+    for left in path.parent.glob(f'.{glob.escape(path.name)}.*.part'):  # by processes that were killed
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > _STALE:
                 left.unlink()
@@ -38,7 +39,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     part = Path(name)
     try:
         yield part
-        with part.open('rb') as file:
+        with part.open('rb+') as file:  # Windows syncs nothing that is open for reading alone
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
@@ -61,11 +62,17 @@ def save_tensors(path: Path, tensors: Dict[str, torch.Tensor], metadata: Optiona
         path: File to write.
         tensors: Contents by name.
         metadata: What else the file shall say; anything that JSON can hold. None for a file of weights and no more.
+
+    Raises:
+        OSError: The file cannot be written.
     """
     # one entry, because safetensors writes several in random order: equal contents shall be equal files
     text = {'format': 'pt'} if metadata is None else {_KEY: json.dumps(metadata)}
     with atomic_path(path) as part:
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, metadata=text)
+        try:
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, metadata=text)
+        except SafetensorError as e:  # a full disk, for one
+            raise OSError(f'Cannot write {path}: {e}') from e
 
 
 def read_metadata(path: Path) -> Dict[str, Any]:

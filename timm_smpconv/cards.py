@@ -1,6 +1,6 @@
 """Texts made from the table of weights: the model table of the documents, and a card for each model on the Hub."""
 
-from typing import NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional
 
 from torch import nn
 
@@ -8,7 +8,9 @@ from .catalog import describe_models
 from .classes import CLASS_NAMES
 from .weights import WEIGHTS, Weights, hub_repo, wilson
 
-__all__ = ['evaluation_table', 'file_table', 'model_card', 'model_table', 'replace_section']
+__all__ = ['PLACEHOLDER', 'evaluation_table', 'file_table', 'model_card', 'model_table', 'replace_section']
+
+PLACEHOLDER = 'ORG/NAME'  # in a card, until its weights are pushed somewhere
 
 
 class _Family(NamedTuple):
@@ -137,6 +139,8 @@ def model_card(
     provenance: Optional[str] = None,
     measured: bool = True,
     deployed: bool = False,
+    model_kwargs: Optional[Dict[str, Any]] = None,
+    license: Optional[str] = None,
 ) -> str:
     """Card of a model for its repository on the Hub, with the metadata block that the Hub reads.
 
@@ -146,6 +150,9 @@ def model_card(
         provenance: Where this file of weights comes from; None for what the table says.
         measured: The weights are those of the table, so that its accuracy is theirs.
         deployed: The repository holds the deployed weights too.
+        model_kwargs: Arguments of the network that differ from the model's own.
+        license: Licence of the weights, as the Hub names it; None for that of the table if the weights are those of
+            the table, else 'unknown'.
 
     Returns:
         Markdown.
@@ -159,7 +166,8 @@ def model_card(
     known = own or (weights is not None and measured)  # else it may be a network fine-tuned on anything
     task = _TASKS.get(tag, 'image-classification')
     images = task == 'image-classification'
-    meta = ['---', f'license: {cfg.get("license") or "mit"}', 'library_name: timm', f'pipeline_tag: {task}', 'tags:']
+    license = license or (known and cfg.get('license')) or 'unknown'
+    meta = ['---', f'license: {license}', 'library_name: timm', f'pipeline_tag: {task}', 'tags:']
     meta += [f'- {t}' for t in (task, 'timm', 'timm_smpconv', prefix)]
     if tag in _DATASETS and known:
         meta += ['datasets:', f'- {_DATASETS[tag]}']
@@ -168,6 +176,7 @@ def model_card(
     channels, height, width = cfg['input_size']
     shape = f'{channels}, {height}, {width}'
     params = sum(p.numel() for p in model.parameters())
+    repo = hub_repo(name) if provenance is None else PLACEHOLDER
     lines = [
         *meta,
         f'# {name}',
@@ -185,7 +194,7 @@ def model_card(
         'import torch',
         'import timm_smpconv  # registers the architecture',
         '',
-        f"model = timm.create_model('hf-hub:{hub_repo(name)}', pretrained=True).eval()",
+        f"model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()",
     ]
     if images:
         lines += [
@@ -217,9 +226,10 @@ def model_card(
         else:
             lines += [f'If it was trained on {weights.trained_on}, the classes are, {order}', '']
     if deployed:
+        arguments = ''.join(f', {key}={value!r}' for key, value in (model_kwargs or {}).items())
         lines += [
             '`deployed.safetensors` holds the same network with its kernels rendered, for '
-            f"`timm.create_model('{architecture}', inference_mode=True, checkpoint_path=FILE)`.",
+            f"`timm.create_model('{architecture}', inference_mode=True, checkpoint_path=FILE{arguments})`.",
             '',
         ]
     lines += ['## Results', '']
@@ -263,7 +273,7 @@ def model_card(
         '',
         '## Licence and citation',
         '',
-        f'{(cfg.get("license") or "mit").upper()}.',
+        'The licence of the weights is not known.' if license == 'unknown' else f'{license.upper()}.',
         '',
         '```bibtex',
         family.citation,

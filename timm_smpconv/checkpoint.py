@@ -2,23 +2,27 @@
 
 import argparse
 import importlib
+import json
+import math
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from ._files import read_metadata
 from .catalog import model_names
 from .models._checkpoint import unwrap_checkpoint
 from .weights import WeightsError
 
-__all__ = ['CheckpointError', 'differences', 'fit_checkpoint', 'read_checkpoint']
+__all__ = ['CheckpointError', 'carried_settings', 'differences', 'fit_checkpoint', 'read_checkpoint']
 
 _MAX_LISTED = 12  # differences that a message names
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others need scales that weights lack
 
 
 class CheckpointError(WeightsError):
@@ -40,20 +44,20 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
         CheckpointError: The file is missing, damaged, no checkpoint, or would run code.
     """
     try:
-        with path.open('rb') as f:
-            head = f.read(9)
+        safe = _is_safetensors(path)
     except OSError as e:
         raise CheckpointError(f'Cannot read {path}: {e.strerror or e}. Expected a checkpoint file.') from e
-    # a safetensors file starts with the length of its header, 8 bytes, and the brace that opens it
-    if head[8:] == b'{' and not head.startswith(b'PK'):
+    if safe:
         try:
             return dict(load_file(path))
         except (SafetensorError, ValueError, OSError, RuntimeError) as e:
             raise CheckpointError(f'{path} is a damaged safetensors file ({_short(e)}): fetch it again.') from e
-    _check_archive(path, head)
+    _check_archive(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+            # a file object: given a name, torch goes by its suffix
+            with path.open('rb') as f:
+                checkpoint = torch.load(f, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         raise CheckpointError(
             f'{path} holds more than tensors and plain values, or is damaged or no checkpoint: it is not unpickled, '
@@ -122,17 +126,71 @@ def differences(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> List[s
             found.append(f'shape of {key}: {tuple(value.shape)}, expected {tuple(wanted.shape)}')
         elif value.is_floating_point() != wanted.is_floating_point() or value.is_complex():
             found.append(f'kind of {key}: {value.dtype}, expected {wanted.dtype}')
-        elif value.is_floating_point() and not torch.isfinite(value).all():
+        elif value.is_floating_point() and value.dtype not in _FLOATS:
+            found.append(f'kind of {key}: {value.dtype}, expected one of {", ".join(map(str, _FLOATS))}')
+        elif value.is_floating_point() and not torch.isfinite(value.to(wanted.dtype)).all():
             found.append(f'values of {key}: not finite')
         elif key.endswith('running_var') and (value < 0).any():
             found.append(f'values of {key}: a negative variance')
     return found
 
 
-def _check_archive(path: Path, head: bytes) -> None:
+def carried_settings(path: Path, channels: Optional[int] = None) -> Dict[str, Tuple[float, ...]]:
+    """What a file of weights says of the input it was trained on.
+
+    `timm-smpconv train` writes it into weights and checkpoint; model.safetensors of a folder for the Hub has a
+    config.json beside it.
+
+    Args:
+        path: File of weights, of any format.
+        channels: Channels of the input; None if not known.
+
+    Returns:
+        `mean` and `std` (one number for each channel, or one for all) and `input_size`, as far as they are known.
+
+    Raises:
+        CheckpointError: The file cannot be read, or says what cannot be.
+    """
+    try:
+        carried = _carried(path)
+        found = {key: tuple(carried[key]) for key in ('mean', 'std', 'input_size') if key in carried}
+        numbers = {key: tuple(float(v) for v in values) for key, values in found.items() if key != 'input_size'}
+    except (TypeError, ValueError, RecursionError, SafetensorError, OSError):  # written by somebody else
+        return {}
+    for key, values in numbers.items():
+        finite = all(math.isfinite(v) and (v > 0 or key == 'mean') for v in values)
+        if not finite or len(values) not in ((1, channels) if channels else range(1, len(values) + 1)):
+            raise CheckpointError(
+                f'{path} says that its inputs have the {key} {values[:3]} ({len(values)} numbers): expected '
+                f'{"finite" if key == "mean" else "positive"} numbers, one or as many as channels'
+                f'{f" ({channels})" if channels else ""}.'
+            )
+    return {**found, **numbers}
+
+
+def _carried(path: Path) -> Dict[str, Any]:
+    if _is_safetensors(path):
+        carried = read_metadata(path)
+        config = path.with_name('config.json')
+        if 'mean' not in carried and path.name == 'model.safetensors' and config.is_file():
+            return json.loads(config.read_text(encoding='utf-8')).get('pretrained_cfg', {})
+        return carried
+    checkpoint = read_checkpoint(path)
+    return checkpoint if {'mean', 'std', 'state_dict'} <= checkpoint.keys() else {}
+
+
+def _is_safetensors(path: Path) -> bool:
+    # such a file starts with the length of its header, 8 bytes, and the brace that opens it
+    with path.open('rb') as f:
+        head = f.read(9)
+    return head[8:] == b'{' and not head.startswith(b'PK')
+
+
+def _check_archive(path: Path) -> None:
     """Refuses archives that unpack to more than they are: torch.save compresses nothing."""
-    if not head.startswith(b'PK'):
-        return
+    with path.open('rb') as f:
+        if f.read(2) != b'PK':
+            return
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(info.file_size for info in archive.infolist())
@@ -153,7 +211,9 @@ def _state_dict(checkpoint: Dict[str, Any], what: str) -> Dict[str, torch.Tensor
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(f'{what} has a {type(value).__name__} at {key!r}, expected tensors alone.')
         problem: Optional[str] = None
-        if value.layout != torch.strided or value.is_quantized or value.device.type != 'cpu':
+        if value.is_nested:
+            problem = 'a nested tensor, expected a dense one'
+        elif value.layout != torch.strided or value.is_quantized or value.device.type != 'cpu':
             problem = f'a tensor of layout {value.layout} on {value.device}, expected a dense one'
         elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
             problem = f'a tensor of shape {tuple(value.shape)} that is larger than its data'

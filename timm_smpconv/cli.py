@@ -22,7 +22,7 @@ from .convert import convert
 from .data import DATA_SETS, prepare
 from .predict import FileResult, check_known, check_takes_files, load_model, predict_files
 from .publish import push, verify
-from .recipe import Recipe, read_recipe
+from .recipe import Recipe, field_texts, read_recipe
 from .train import check_trainable, train
 from .validate import validate
 from .version import __version__
@@ -177,9 +177,10 @@ def _add_train(commands: Any) -> None:
         help='steps between checkpoints within an epoch, at most five minutes; 0 for none (default: 100)',
     )
     recipe = command.add_argument_group('recipe')
+    texts = field_texts()
     for field in dataclasses.fields(Recipe):
         kind: Dict[str, Any] = dict(action=argparse.BooleanOptionalAction)
-        text = f'default without a config: {field.default}'
+        text = f'{texts.get(field.name, "")} Default without a config: {field.default}'.replace('%', '%%')
         if not isinstance(field.type, type):
             kind = dict(type=_keywords, metavar='JSON')
             text = f'further arguments of the {_TAKERS[field.name]}, as a JSON object'
@@ -202,7 +203,8 @@ def _add_convert(commands: Any) -> None:
     command.add_argument('--install', action='store_true', help='put the weights where pretrained=True finds them')
     command.add_argument('--deployed', action='store_true', help='add the weights of the deployed form to the folder')
     command.add_argument('--no-ema', action='store_true', help='take the weights themselves, not their average')
-    command.add_argument('--overwrite', action='store_true', help='replace the folder')
+    command.add_argument('--overwrite', action='store_true', help='replace the folder of an earlier conversion')
+    command.add_argument('--license', metavar='ID', help='licence of the weights for the card, as the Hub names it')
     command.add_argument('--num-classes', type=_positive, metavar='N', help="classes, where not the model's own number")
     command.add_argument('--model-kwargs', type=_keywords, default={}, metavar='JSON', help='arguments of the model')
 
@@ -256,7 +258,7 @@ def _load(args: argparse.Namespace) -> nn.Module:
     with _user_errors(ValueError):
         try:
             return load_model(args.model, args.checkpoint_path)
-        except RuntimeError as e:
+        except WeightsError as e:
             raise _CommandError(_one_line(f'{e} On this command line: --checkpoint-path PATH.')) from e
 
 
@@ -334,19 +336,20 @@ def _validate(args: argparse.Namespace) -> int:
             raise ValueError(f'--confusion draws at most {MAX_CLASSES} classes, {args.model} has {classes}.')
         try:
             result = validate(args.model, args.data_dir, args.checkpoint_path, sys.stderr.isatty())
-        except RuntimeError as e:
+        except WeightsError as e:
             raise _CommandError(_one_line(f'{e} On this command line: --checkpoint-path PATH.')) from e
         hits, total = result.hits, result.total
         low, high = wilson(hits, total)
         accuracy = 100 * hits / total
         summary = f'{hits} of {total} test samples right, {accuracy:.2f} %'
-        if args.confusion:
-            draw_confusion(result.confusion, result.names, f'{args.model}: {summary}', Path(args.confusion))
     if args.json:
         entry = dict(model=args.model, hits=hits, total=total, accuracy=accuracy, interval=[100 * low, 100 * high])
         print(json.dumps(entry, indent=2))
     else:
         print(f'{args.model}: {summary} (95 % interval {100 * low:.2f} to {100 * high:.2f} %)')
+    if args.confusion:  # last, so that a picture that cannot be written does not cost the result
+        with _user_errors(ValueError, OSError):
+            draw_confusion(result.confusion, result.names, f'{args.model}: {summary}', Path(args.confusion))
     return 0
 
 
@@ -381,7 +384,15 @@ def _convert(args: argparse.Namespace) -> int:
     # the list of differences keeps its lines
     with _user_errors(ValueError, OSError, WeightsError, join=False):
         result = convert(
-            args.file, args.model, args.out, args.install, args.deployed, not args.no_ema, args.overwrite, kwargs
+            args.file,
+            args.model,
+            args.out,
+            install=args.install,
+            deployed=args.deployed,
+            use_ema=not args.no_ema,
+            overwrite=args.overwrite,
+            model_kwargs=kwargs,
+            license=args.license,
         )
     print(f'{result.name}: sha256 {result.sha256}')
     for path in (result.folder, result.installed):

@@ -16,15 +16,17 @@ from torch import nn
 from . import store
 from ._files import save_tensors, write_text
 from .cards import model_card
-from .checkpoint import fit_checkpoint, read_checkpoint
+from .checkpoint import carried_settings, fit_checkpoint, read_checkpoint
 from .fetch import WEIGHTS_FILE
-from .predict import carried_statistics, check_known
+from .models._base import LargeKernelNet
+from .predict import check_known
 from .weights import WEIGHTS
 
-__all__ = ['DEPLOYED_FILE', 'TENSORS_FILE', 'Converted', 'convert', 'write_config']
+__all__ = ['DEPLOYED_FILE', 'FILES', 'TENSORS_FILE', 'Converted', 'convert', 'write_config']
 
 DEPLOYED_FILE = 'deployed.safetensors'
 TENSORS_FILE = 'test/rand_tensors.safetensors'
+FILES = ('config.json', WEIGHTS_FILE, 'README.md', TENSORS_FILE)  # of every folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,7 @@ def convert(
     use_ema: bool = True,
     overwrite: bool = False,
     model_kwargs: Optional[Dict[str, Any]] = None,
+    license: Optional[str] = None,
 ) -> Converted:
     """Converts a checkpoint: of the authors' code, of timm's train.py, or of this package.
 
@@ -67,8 +70,10 @@ def convert(
         install: Put the weights into the local store, where pretrained=True finds them.
         deployed: Add the weights of the deployed form.
         use_ema: Take the average of the weights where the checkpoint has one.
-        overwrite: Replace `out`.
+        overwrite: Replace `out`, if that is a folder of an earlier conversion and nothing else.
         model_kwargs: Arguments of the network that differ from the model's own, such as num_classes.
+        license: Licence of the weights for the card, as the Hub names it; None for that of the table if they are in
+            it, else 'unknown'.
 
     Returns:
         Where the results are.
@@ -76,7 +81,7 @@ def convert(
     Raises:
         CheckpointError: The file cannot be read, or does not fit; the message lists the differences.
         ValueError: The model is unknown, or nothing was asked for.
-        FileExistsError: The folder exists.
+        FileExistsError: The folder exists, and is not to be overwritten or holds more than a conversion makes.
         WeightsError: The store cannot be written.
     """
     check_known(name)
@@ -88,19 +93,29 @@ def convert(
             f'Only the standard form of a model can be installed as pretrained weights, got {model_kwargs}: give a '
             f'folder, and load it with timm.create_model("local-dir:FOLDER", pretrained=True).'
         )
-    if out is not None and Path(out).exists() and not overwrite:
-        raise FileExistsError(f'{out} exists: choose another folder, or overwrite it.')
     file = Path(file)
+    if out is not None:
+        out = Path(os.path.abspath(out))
+        _check_replaceable(out, file, overwrite)
     checkpoint = read_checkpoint(file)
     if not use_ema:
         checkpoint = {key: value for key, value in checkpoint.items() if key not in ('state_dict_ema', 'model_ema')}
     try:
         model = timm.create_model(name, **model_kwargs).eval()
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f'Cannot build {name} with {model_kwargs}: {e}') from e
+    if not isinstance(model, LargeKernelNet):
+        raise ValueError(f'Cannot convert {name} with {model_kwargs}: expected arguments of the network itself.')
     model.load_state_dict(fit_checkpoint(checkpoint, model, str(file)))
     model.pretrained_cfg['num_classes'] = model.num_classes
-    model.pretrained_cfg.update(carried_statistics(file))
+    carried = carried_settings(file, model.in_chans)
+    size = tuple(model.pretrained_cfg['input_size'])
+    if install and tuple(carried.get('input_size', size)) != size:
+        raise ValueError(
+            f'{file} is of inputs of size {carried["input_size"]}: only weights for the size of the model, {size}, can '
+            f'be installed.'
+        )
+    model.pretrained_cfg.update(carried)
 
     name = f'{name.partition(".")[0]}.{model.pretrained_cfg["tag"]}'
     source_sha256 = store.file_sha256(file)
@@ -110,14 +125,31 @@ def convert(
         sha256 = store.file_sha256(weights)
         folder = None
         if out is not None:
-            folder = Path(out)
+            folder = out
             provenance = f'Converted from `{file.name}` (sha256 `{source_sha256}`).'
-            _write_folder(model, name, folder, deployed, provenance, model_kwargs, sha256)
+            _write_folder(model, name, folder, deployed, provenance, model_kwargs, sha256, license)
         installed = None
         if install:
+            if carried:  # beside it there is no config.json
+                save_tensors(weights, model.state_dict(), carried)
             with store.lock(name):
                 installed = store.install(name, weights, file.name, source_sha256, by_hand=True)
     return Converted(name, folder, installed, sha256)
+
+
+def _check_replaceable(out: Path, file: Path, overwrite: bool) -> None:
+    """Checks that a folder can be made, or replaced without a loss."""
+    if not out.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f'{out} exists: choose another folder, or overwrite it.')
+    found = [path.relative_to(out).as_posix() for path in out.rglob('*') if not path.is_dir()] if out.is_dir() else ['']
+    others = sorted(set(found) - {*FILES, DEPLOYED_FILE})
+    if others or file.resolve().is_relative_to(out.resolve()):
+        raise FileExistsError(
+            f'{out} is not overwritten, since it is no folder of an earlier conversion and nothing else (it has '
+            f'{others[0] if others else file.name!r}): choose another folder.'
+        )
 
 
 def _write_folder(
@@ -128,6 +160,7 @@ def _write_folder(
     provenance: str,
     model_kwargs: Dict[str, Any],
     sha256: str,
+    license: Optional[str],
 ) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # beside the final place, so that a rename is enough
@@ -139,13 +172,20 @@ def _write_folder(
         if deployed:
             save_tensors(temporary / DEPLOYED_FILE, timm.utils.reparameterize_model(model).state_dict())
         known = name in WEIGHTS and sha256 == WEIGHTS[name].sha256
-        (temporary / 'README.md').write_text(model_card(name, model, provenance, measured=known, deployed=deployed))
+        card = model_card(name, model, provenance, known, deployed, model_kwargs, license)
+        (temporary / 'README.md').write_text(card, encoding='utf-8')
         temporary.chmod(0o755)
         if folder.exists():  # two renames: the folder is missing for a moment, and never half written
             old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
-            os.replace(folder, old / folder.name)
-            os.replace(temporary, folder)
-            shutil.rmtree(old)
+            try:
+                os.replace(folder, old / folder.name)
+                try:
+                    os.replace(temporary, folder)
+                except OSError:
+                    os.replace(old / folder.name, folder)
+                    raise
+            finally:
+                shutil.rmtree(old)
         else:
             os.replace(temporary, folder)
     finally:
@@ -162,7 +202,7 @@ def write_config(model: nn.Module, path: Path, model_kwargs: Dict[str, Any]) -> 
     """
     with tempfile.TemporaryDirectory() as folder:
         save_config_for_hf(model, Path(folder) / path.name)
-        config = json.loads((Path(folder) / path.name).read_text())
+        config = json.loads((Path(folder) / path.name).read_text(encoding='utf-8'))
     # nothing but the differences; num_classes has a place of its own, and transformers passes it too
     config['model_args'] = {key: value for key, value in model_kwargs.items() if key != 'num_classes'}
     write_text(path, json.dumps(config, indent=2) + '\n')

@@ -81,7 +81,7 @@ def check_config(path: Path, what: str) -> Dict[str, Any]:
         WeightsError: It is something else.
     """
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding='utf-8'))
         architecture = config['architecture']
         pretrained_cfg = config.get('pretrained_cfg', config)
         numbers = [*_numbers(config.get('model_args', {})), *_numbers(pretrained_cfg.get('input_size', []))]

@@ -10,6 +10,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import threading
 import time
 import urllib.error
@@ -19,11 +20,14 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import timm
+import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import (
     EntryNotFoundError,
     GatedRepoError,
+    HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -31,11 +35,11 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from . import store
-from ._files import save_tensors
+from ._files import save_tensors, write_text
 from .checkpoint import CheckpointError, fit_checkpoint, read_checkpoint
 from .weights import WEIGHTS, WeightsError, bundled_path, hub_repo
 
-__all__ = ['WEIGHTS_FILE', 'download', 'from_hub', 'hub_cause', 'hub_file', 'locate']
+__all__ = ['WEIGHTS_FILE', 'download', 'from_hub', 'hub_cause', 'hub_file', 'locate', 'without_password']
 
 _logger = logging.getLogger(__name__)
 
@@ -103,7 +107,8 @@ def from_hub(
         return _from_hub(hub_id, filename, sha256, cache_dir)
     except _Unavailable as e:
         raise WeightsError(
-            f'Cannot load {what or "weights"} from hf-hub:{hub_id} ({constants.ENDPOINT}): {e} Or use pretrained=False.'
+            f'Cannot load {what or "weights"} from hf-hub:{hub_id} ({without_password(constants.ENDPOINT)}): {e} '
+            f'Or use pretrained=False.'
         ) from e
 
 
@@ -116,7 +121,8 @@ def hub_file(hub_id: str, filename: str, cache_dir: Optional[Union[str, Path]] =
     try:
         return _hub_file(hub_id, filename, None, cache_dir)
     except _Unavailable as e:
-        raise WeightsError(f'Cannot load {filename} from hf-hub:{hub_id} ({constants.ENDPOINT}): {e}') from e
+        endpoint = without_password(constants.ENDPOINT)
+        raise WeightsError(f'Cannot load {filename} from hf-hub:{hub_id} ({endpoint}): {e}') from e
 
 
 def _bundled(name: str) -> Optional[Path]:
@@ -145,9 +151,9 @@ def _from_chain(name: str, cache_dir: Optional[Union[str, Path]]) -> Path:
     sources: List[Tuple[str, Callable[[], Path]]] = []
     if weights.bundled and not store.find(name, by_hand=True):
         sources.append(('bundled file', lambda: _from_package(name)))
-    sources.append((f'local store {store.store_dir()}', lambda: _from_store(name)))
+    sources.append(('local store', lambda: _from_store(name)))
     repo = hub_repo(name)
-    sources.append((f'Hugging Face Hub {repo}', lambda: _from_hub(repo, None, weights.sha256, cache_dir)))
+    sources.append((f'Hugging Face Hub {repo}', lambda: _from_own_repo(name, repo, weights.sha256, cache_dir)))
     if weights.authors_file:
         sources.append((f"authors' file {weights.authors_url}", lambda: _from_authors(name)))
     causes = []
@@ -194,13 +200,27 @@ def _from_package(name: str) -> Path:
 
 
 def _from_store(name: str) -> Path:
+    try:
+        folder = store.store_dir()
+    except WeightsError as e:
+        raise _Unavailable(str(e)) from e
     path = store.find(name)
     if path is None:
-        raise _Unavailable('not there.')
+        raise _Unavailable(f'{folder} has none.')
     return path
 
 
 # --- Hugging Face Hub ---
+
+
+def _from_own_repo(name: str, repo: str, sha256: Optional[str], cache_dir: Optional[Union[str, Path]]) -> Path:
+    """Weights of this package's repository, which have to be of the registered network."""
+    path = _from_hub(repo, None, sha256, cache_dir)
+    try:
+        fit_checkpoint(read_checkpoint(path), timm.create_model(name, device='meta'), path.name)
+    except CheckpointError as e:
+        raise _Unavailable(str(e)) from e
+    return path
 
 
 def _from_hub(
@@ -221,19 +241,31 @@ class _NoFile(_Unavailable):
     """The repository exists, the file does not."""
 
 
+class _Unreadable(_Unavailable):
+    """The file is there and cannot be opened, which says nothing of its contents."""
+
+
 def _hub_file(hub_id: str, filename: str, sha256: Optional[str], cache_dir: Optional[Union[str, Path]]) -> Path:
     """A file of the Hub, from the cache if it is intact there and cannot be newer on the server, else downloaded."""
     repo, _, revision = hub_id.partition('@')
     where = dict(revision=revision or None, cache_dir=cache_dir)
     try:
         cached = try_to_load_from_cache(repo, filename, **where)
-    except ValueError as e:  # HFValidationError
-        raise _Unavailable(f'{repo!r} is no name of a repository ({_one_line(e)}).') from e
+    except HFValidationError as e:
+        raise _Unavailable(hub_cause(e, repo)) from e
+    except ValueError as e:
+        raise _Unavailable(f'{filename!r} is no name of a file ({_one_line(e)}).') from e
+    except OSError as e:
+        raise _Unavailable(
+            f'the cache of the Hub cannot be read ({_one_line(e)}): set HF_HOME to another folder.'
+        ) from e
     path = Path(cached) if isinstance(cached, str) else None
     damaged = ''  # for the messages
     if path is not None:
         try:
             _check_hub_file(path, _announced_hash(path), None)
+        except _Unreadable:
+            raise
         except _Unavailable as e:
             _logger.warning('%s: %s', path, e)
             damaged = f'The cached file was damaged ({e}) and set aside. '
@@ -252,7 +284,9 @@ def _hub_file(hub_id: str, filename: str, sha256: Optional[str], cache_dir: Opti
         # answers or fails at once, while hf_hub_download repeats failures for half a minute
         announced = get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision or None), timeout=_TIMEOUT)
     except Exception as e:  # clients of different versions raise different families of exceptions
-        if path is not None and _is_connection_error(e):
+        if path is not None and not isinstance(
+            e, (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError)
+        ):  # a lost connection, too many requests, a proxy that refuses
             _logger.info('%s cannot be reached: using the cached %s.', constants.ENDPOINT, path)
             return path
         kind = _NoFile if isinstance(e, EntryNotFoundError) else _Unavailable
@@ -336,13 +370,16 @@ def _announced_hash(path: Path) -> Optional[str]:
 
 
 def _check_hub_file(path: Path, sha256: Optional[str], size: Optional[int]) -> None:
-    actual = path.stat().st_size
-    if size is not None and actual != size:
-        raise _Unavailable(f'{actual} bytes, expected {size}.')
-    if sha256:
-        found = store.file_sha256(path)
-        if found != sha256:
-            raise _Unavailable(f'sha256 {found[:12]}..., expected {sha256[:12]}...')
+    try:
+        actual = path.stat().st_size
+        if size is not None and actual != size:
+            raise _Unavailable(f'{actual} bytes, expected {size}.')
+        if sha256:
+            found = store.file_sha256(path)
+            if found != sha256:
+                raise _Unavailable(f'sha256 {found[:12]}..., expected {sha256[:12]}...')
+    except OSError as e:
+        raise _Unreadable(f'{path} cannot be read ({e.strerror or e}): set HF_HOME to another folder.') from e
     _check_readable(path)
 
 
@@ -351,13 +388,22 @@ def _check_readable(path: Path) -> None:
     if path.suffix == '.safetensors':
         try:
             with safe_open(path, 'pt') as file:
-                file.keys()
+                for key in file.keys():
+                    value = file.get_tensor(key)
+                    if value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                        if not torch.isfinite(value).all():
+                            raise _Unavailable(f'{path.name} has values in {key} that are not finite.')
         except (SafetensorError, OSError) as e:
             raise _Unavailable(f'{path.name} is no intact safetensors file ({_one_line(e)}).') from e
+    elif path.suffix in ('.bin', '.pth', '.pt'):
+        try:
+            read_checkpoint(path)
+        except CheckpointError as e:
+            raise _Unavailable(str(e)) from e
     elif path.suffix == '.json':
         try:
-            json.loads(path.read_text())
-        except ValueError as e:
+            json.loads(path.read_text(encoding='utf-8'))
+        except (ValueError, RecursionError) as e:
             raise _Unavailable(f'{path.name} is no JSON ({_one_line(e)}).') from e
 
 
@@ -372,11 +418,9 @@ def _status(error: BaseException) -> Optional[int]:
     return getattr(getattr(error, 'response', None), 'status_code', None)
 
 
-def _is_connection_error(error: BaseException) -> bool:
-    status = _status(error)
-    return (status is None or status >= 500) and not isinstance(
-        error, (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError)
-    )
+def without_password(text: str) -> str:
+    """A text without the user and password of the addresses in it."""
+    return re.sub(r'(?<=//)[^/@\s]+@', '', text)
 
 
 def hub_cause(error: Exception, repo: str, filename: str = 'such file') -> str:
@@ -384,7 +428,13 @@ def hub_cause(error: Exception, repo: str, filename: str = 'such file') -> str:
     status = _status(error)
     if isinstance(error, GatedRepoError):
         return f'access to {repo} must be granted by its owner: ask on its page, and log in (`hf auth login`).'
-    if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
+    if isinstance(error, HFValidationError):
+        return f'{repo!r} is no name of a repository ({_one_line(error)}): expected ORG/NAME.'
+    if isinstance(error, OfflineModeIsEnabled):
+        return 'offline (HF_HUB_OFFLINE is set): unset it.'
+    if status == 403:
+        return f'access to {repo} is refused (403): log in as somebody who may (`hf auth login` or HF_TOKEN).'
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
         return 'no such repository, or a private one: check the name, or log in (`hf auth login` or HF_TOKEN).'
     if isinstance(error, RevisionNotFoundError):
         return f'{repo} has no such revision: check what follows the @.'
@@ -482,16 +532,17 @@ def download(url: str, path: Path, what: str) -> None:
         try:
             form = _continue_download(url, path, what)
             if form is None:
-                _etag_path(path).unlink(missing_ok=True)
+                _version_path(path).unlink(missing_ok=True)
                 return
             if answered:
                 raise _DownloadError('a page came in place of the file, again after its form was answered: try later.')
             url, answered = form, True
         except _Broken as e:
             progress = path.exists() and path.stat().st_size > before
-            tries = 0 if progress else tries + 1
+            tries = 0 if progress and _can_go_on(path) else tries + 1
             if tries >= _TRIES:
-                raise _DownloadError(f'{e}; what has arrived is kept, call again to go on.') from e
+                kept = 'what has arrived is kept, call again to go on' if _can_go_on(path) else 'try again later'
+                raise _DownloadError(f'{e}; {kept}.') from e
             _logger.info('%s: %s; going on.', what, e)
             time.sleep(_PAUSE)
 
@@ -500,10 +551,10 @@ def _continue_download(url: str, path: Path, what: str) -> Optional[str]:
     """One connection. Returns None once the file is complete, or the address that the form on a page leads to."""
     have = path.stat().st_size if path.exists() else 0
     request = urllib.request.Request(url, headers={'User-Agent': 'timm_smpconv'})
-    etag = _etag_path(path)
-    if have and etag.exists():
+    version = _version_path(path)
+    if have and _can_go_on(path):
         request.add_header('Range', f'bytes={have}-')
-        request.add_header('If-Range', etag.read_text())
+        request.add_header('If-Range', version.read_text(encoding='utf-8'))
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
             if response.headers.get_content_type() == 'text/html':
@@ -515,18 +566,23 @@ def _continue_download(url: str, path: Path, what: str) -> Optional[str]:
                 raise _DownloadError(f'the file has {total} bytes, no checkpoint has more than {_MAX_SIZE}.')
             if not resumed:
                 path.unlink(missing_ok=True)
-                etag.unlink(missing_ok=True)
-                if response.headers.get('ETag'):
-                    etag.write_text(response.headers['ETag'])
+                version.unlink(missing_ok=True)
+                etag = response.headers.get('ETag') or ''
+                # a weak one does not tell whether the bytes are the same
+                announced = response.headers.get('Last-Modified') if etag.startswith('W/') or not etag else etag
+                if announced:
+                    write_text(version, announced)
             _receive(response, path, what, total, have if resumed else 0)
             return None
     except urllib.error.HTTPError as e:
         if e.code == 416 and have:  # the part is as long as the file, or of another file
             path.unlink(missing_ok=True)
-            etag.unlink(missing_ok=True)
+            version.unlink(missing_ok=True)
             raise _Broken('what was there did not belong to this file') from e
         if e.code >= 500 or e.code == 429:
             raise _Broken(f'the server failed with status {e.code}') from e
+        if 300 <= e.code < 400:
+            raise _DownloadError(f'the server leads in a circle, or nowhere (status {e.code}): try again later.') from e
         raise _DownloadError(
             f'the server refused with status {e.code}: the file was removed, or is asked for too often.'
         ) from e
@@ -557,8 +613,18 @@ def _receive(response: http.client.HTTPResponse, path: Path, what: str, total: O
         raise _Broken(f'the connection ended after {have} of {total} bytes')
 
 
-def _etag_path(path: Path) -> Path:
-    return path.with_name(path.name + '.etag')
+def _version_path(path: Path) -> Path:
+    """File with what the server calls this version of the file: an ETag, or the date of the last change."""
+    return path.with_name(path.name + '.version')
+
+
+def _can_go_on(path: Path) -> bool:
+    """Whether a broken download of a file can be gone on with: the server has said how to know that it is the same."""
+    try:
+        text = _version_path(path).read_text(encoding='utf-8')
+    except (OSError, ValueError):
+        return False
+    return bool(text) and text.isprintable()
 
 
 def _range_start(content_range: Optional[str]) -> Optional[int]:
@@ -606,5 +672,5 @@ def _answer_form(page: str, url: str) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    text = ' '.join(str(error).split()) or type(error).__name__
+    text = without_password(' '.join(str(error).split())) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + '...'

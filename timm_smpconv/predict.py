@@ -12,9 +12,9 @@ from PIL import Image, ImageCms, ImageOps
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import nn
 
-from ._files import read_metadata
 from .audio import load_second
 from .catalog import model_names
+from .checkpoint import carried_settings
 from .classes import CLASS_NAMES
 from .tasks import TASKS, network_input
 from .weights import WEIGHTS
@@ -22,7 +22,6 @@ from .weights import WEIGHTS
 __all__ = [
     'FileResult',
     'Prediction',
-    'carried_statistics',
     'check_known',
     'check_takes_files',
     'class_names',
@@ -127,21 +126,17 @@ def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None) ->
     if not path.is_file():
         raise ValueError(f'No checkpoint at {path}: expected a file of weights (.safetensors, .pth, .pt ...).')
     try:
-        overlay = dict(file=str(path), **carried_statistics(path))
+        carried = carried_settings(path, _input_size(name)[0])
+        size = tuple(carried.pop('input_size', _input_size(name)))
+        if size != _input_size(name):
+            raise ValueError(
+                f'it is of inputs of size {size}, not {_input_size(name)}: load its folder from Python, with '
+                f'timm.create_model("local-dir:{path.parent}", pretrained=True).'
+            )
+        overlay = dict(file=str(path), **carried)
         return timm.create_model(name, pretrained=True, inference_mode=True, pretrained_cfg_overlay=overlay).eval()
     except Exception as e:  # unpickling and conversion of a file of unknown contents fail in any way
         raise ValueError(f'Cannot load {path} into {name}: {_one_line(e)} Expected a checkpoint of this model.') from e
-
-
-def carried_statistics(path: Path) -> Dict[str, Tuple[float, ...]]:
-    """How the input is normalised, if a file of weights says so, as those of `timm-smpconv train` do."""
-    if path.suffix != '.safetensors':
-        return {}
-    try:
-        carried = read_metadata(path)
-        return {key: tuple(float(v) for v in carried[key]) for key in ('mean', 'std') if key in carried}
-    except (TypeError, ValueError):  # metadata of somebody else
-        return {}
 
 
 def class_names(model: nn.Module) -> List[str]:

@@ -9,19 +9,20 @@ from typing import Callable, List, Optional, Union
 import torch
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from safetensors.torch import load_file
+from torch import nn
 
 from . import store
+from .cards import PLACEHOLDER
 from .catalog import model_names
-from .convert import DEPLOYED_FILE, TENSORS_FILE
+from .convert import DEPLOYED_FILE, FILES, TENSORS_FILE
 from .factory import check_config, create_model
-from .fetch import WEIGHTS_FILE, hub_cause
+from .fetch import WEIGHTS_FILE, hub_cause, without_password
 from .version import __version__
 from .weights import WEIGHTS, WeightsError
 
 __all__ = ['Check', 'check_folder', 'push', 'verify']
 
-_FILES = ('config.json', WEIGHTS_FILE, 'README.md', TENSORS_FILE)
-_PUBLISHED = (*_FILES, DEPLOYED_FILE)
+_PUBLISHED = (*FILES, DEPLOYED_FILE)
 _TOLERANCE = 1e-4  # of the largest logit: other processors round differently
 
 
@@ -49,6 +50,9 @@ def push(
 ) -> str:
     """Uploads a folder made by `convert` to the Hub, in one commit, after checking it.
 
+    The card gets the name of the repository. Deployed weights that the repository has and the folder lacks are removed:
+    they are of other weights.
+
     Args:
         folder: Hub-ready folder.
         repo: `ORG/NAME`; made if it does not exist.
@@ -71,15 +75,22 @@ def push(
     api = HfApi(token=token, library_name='timm_smpconv', library_version=__version__)
     try:
         repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
-        info = api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            allow_patterns=list(_PUBLISHED),
-            commit_message=f'Weights and card, by timm_smpconv {__version__}',
-            create_pr=create_pr,
-        )
+        with tempfile.TemporaryDirectory() as temporary:
+            copy = Path(shutil.copytree(folder, Path(temporary) / 'folder'))
+            card = (copy / 'README.md').read_text(encoding='utf-8')
+            (copy / 'README.md').write_text(card.replace(PLACEHOLDER, repo), encoding='utf-8')
+            info = api.upload_folder(
+                repo_id=repo,
+                folder_path=copy,
+                allow_patterns=list(_PUBLISHED),
+                delete_patterns=None if (copy / DEPLOYED_FILE).exists() else DEPLOYED_FILE,
+                commit_message=f'Weights and card, by timm_smpconv {__version__}',
+                create_pr=create_pr,
+            )
     except Exception as e:  # clients of different versions raise different families of exceptions
-        raise WeightsError(f'Cannot push {folder} to {repo} ({api.endpoint}): {hub_cause(e, repo)}') from e
+        raise WeightsError(
+            f'Cannot push {folder} to {repo} ({without_password(api.endpoint)}): {hub_cause(e, repo)}'
+        ) from e
     return str(info.pr_url or info.commit_url) if create_pr else str(info.commit_url)
 
 
@@ -110,7 +121,7 @@ def verify(repo: str, token: Optional[str] = None) -> List[Check]:
                     (folder / file).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(cached, folder / file)
         except Exception as e:
-            raise WeightsError(f'Cannot verify {repo} ({api.endpoint}): {hub_cause(e, name)}') from e
+            raise WeightsError(f'Cannot verify {repo} ({without_password(api.endpoint)}): {hub_cause(e, name)}') from e
         checks = []
         for file, sibling in files.items():
             if file in _PUBLISHED and sibling.lfs is not None:
@@ -127,14 +138,15 @@ def verify(repo: str, token: Optional[str] = None) -> List[Check]:
 
 def check_folder(folder: Path) -> List[Check]:
     """Checks a Hub-ready folder: files, configuration, weights, card and logits."""
-    missing = [file for file in _FILES if not (folder / file).is_file()]
-    detail = f'missing: {", ".join(missing)}' if missing else f'{len(_FILES)} files'
+    missing = [file for file in FILES if not (folder / file).is_file()]
+    detail = f'missing: {", ".join(missing)}' if missing else f'{len(FILES)} files'
     checks = [Check('files', not missing, detail)]
     if missing:
         return checks
-    for name, check in (('config', _config), ('card', _card), ('logits', _logits)):
-        checks.append(_run(name, check, folder))
-    return checks
+    wanted = [('config', _config), ('card', _card), ('logits', _logits)]
+    if (folder / DEPLOYED_FILE).is_file():
+        wanted.append(('logits, deployed', _deployed_logits))
+    return checks + [_run(name, check, folder) for name, check in wanted]
 
 
 def _run(name: str, check: Callable[[Path], str], folder: Path) -> Check:
@@ -167,8 +179,19 @@ def _card(folder: Path) -> str:
 
 @torch.inference_mode()
 def _logits(folder: Path) -> str:
+    return _compare(folder, create_model(f'local-dir:{folder}', pretrained=True))
+
+
+@torch.inference_mode()
+def _deployed_logits(folder: Path) -> str:
+    model = create_model(f'local-dir:{folder}', inference_mode=True)
+    model.load_state_dict(load_file(folder / DEPLOYED_FILE))
+    return _compare(folder, model)
+
+
+def _compare(folder: Path, model: nn.Module) -> str:
     tensors = load_file(folder / TENSORS_FILE)
-    model = create_model(f'local-dir:{folder}', pretrained=True).eval()
+    model.eval()
     error = (model(tensors['input']) - tensors['output']).abs().max() / tensors['output'].abs().max()
     if not error <= _TOLERANCE:
         raise ValueError(f'other than in {TENSORS_FILE}: relative error {error:.1e}, at most {_TOLERANCE:.0e} expected')

@@ -58,11 +58,18 @@ class Entry:
 
 
 def store_dir() -> Path:
-    """Folder of the store: `TIMM_SMPCONV_CACHE`, or timm_smpconv in the user's cache folder."""
+    """Folder of the store: `TIMM_SMPCONV_CACHE`, or timm_smpconv in the user's cache folder.
+
+    Raises:
+        WeightsError: The user has no home folder.
+    """
     chosen = os.environ.get('TIMM_SMPCONV_CACHE')
     if chosen:
         return Path(chosen).expanduser()
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_smpconv'
+    try:
+        return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_smpconv'
+    except RuntimeError as e:
+        raise WeightsError(f'No place for the store of weights ({e}): set TIMM_SMPCONV_CACHE to a folder.') from e
 
 
 def file_sha256(path: Union[str, Path]) -> str:
@@ -92,17 +99,20 @@ def set_aside(path: Path) -> Path:
 
 
 def find(name: str, by_hand: bool = False) -> Optional[Path]:
-    """File of the weights `model.tag` in the store; None if there are none, or none intact.
+    """File of the weights `model.tag` in the store; None if there are none, none intact, or no store.
 
-    A file that has not the size and hash of its entry, or an entry that cannot be read, is set aside.
+    A file that has not the size and hash of its entry, or an entry that says something else, is set aside.
 
     Args:
         name: `model.tag`.
         by_hand: Look for weights that the user chose, and for no others.
     """
-    folder = _folder(name)
     try:
-        entry = Entry(**json.loads((folder / _ENTRY).read_text()))
+        folder = _folder(name)
+    except WeightsError:
+        return None
+    try:
+        entry = Entry(**json.loads((folder / _ENTRY).read_text(encoding='utf-8')))
         path = folder / entry.file
         if path.parent != folder or Path(entry.file).name != entry.file:
             raise ValueError(f'{entry.file!r} is no file name')
@@ -111,7 +121,10 @@ def find(name: str, by_hand: bool = False) -> Optional[Path]:
         intact = path.stat().st_size == entry.size and file_sha256(path) == entry.sha256
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as e:  # unreadable, no JSON, other fields
+    except OSError as e:  # of another user, or a failure that may pass
+        _logger.warning('%s in the store cannot be read (%s): not used.', name, e)
+        return None
+    except (ValueError, TypeError, RecursionError) as e:  # no JSON, other fields
         aside = set_aside(folder / _ENTRY)
         _logger.warning('The entry of %s in the store cannot be read (%s): set aside as %s.', name, e, aside)
         return None

@@ -70,14 +70,17 @@ def build(
     Raises:
         WeightsError: There are no weights to load.
     """
-    resolved = resolve_pretrained_cfg(
-        variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None)
-    ).to_dict()
+    overlay = kwargs.pop('pretrained_cfg_overlay', None)
+    resolved = resolve_pretrained_cfg(variant, kwargs.pop('pretrained_cfg', None), overlay).to_dict()
     weights: Optional[Path] = None
     if pretrained:
-        from ..fetch import locate  # which builds models to convert what it downloads
+        from ..checkpoint import carried_settings  # which, like fetch, knows the models
+        from ..fetch import locate
 
         weights = locate(f'{variant}.{resolved.get("tag") or ""}'.rstrip('.'), resolved, kwargs.get('cache_dir'))
+        if weights:  # those that were installed by hand may be of inputs that are normalised in another way
+            carried = carried_settings(weights)
+            resolved.update({k: carried[k] for k in ('mean', 'std') if k in carried and k not in (overlay or {})})
     loading = {**resolved, 'source': '', 'file': str(weights)} if weights else resolved
     model_args: Dict[str, Any] = {}
 
