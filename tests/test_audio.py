@@ -95,3 +95,18 @@ def test_resample_there_and_back():
     low[0] = 0.25
     assert resample(low, 100) is low
     torch.testing.assert_close(resample(resample(low, 257), 100), low, rtol=0, atol=1e-5)
+
+
+def test_sounds_that_no_microphone_makes(tmp_path):
+    """Numbers out of all bounds in a floating-point file, and a header that asks for gigabytes."""
+    soundfile = pytest.importorskip('soundfile')
+    samples = np.zeros(16000, np.float32)
+    samples[:3] = float('inf'), float('nan'), 1e30
+    soundfile.write(tmp_path / 'a.wav', samples, 16000, subtype='FLOAT')
+    heard = load_second(tmp_path / 'a.wav')
+    assert heard.isfinite().all() and heard.abs().max() <= 32768
+    content = bytearray(wav(np.zeros(50)))
+    content[24:28] = (2 * 10**9).to_bytes(4, 'little')
+    (tmp_path / 'b.wav').write_bytes(content)
+    with pytest.raises(ValueError, match='samples per second'):
+        load_second(tmp_path / 'b.wav')

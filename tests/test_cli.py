@@ -554,3 +554,23 @@ def test_convert_command(capsys, tmp_path, checkpoint):
     assert status == 2 and 'shape of head.fc.weight: (10, 30), expected (3, 30)' in err
     status, out, err = run(capsys, *arguments[:-2])
     assert status == 2 and 'Nothing to do' in err
+
+
+def test_no_image_is_counted_as_another(capsys, tmp_path, data):
+    shutil.copytree(data / 'cifar10' / 'test', tmp_path / 'test')
+    weights = _save('smpconv_cifar', tmp_path / 'w.safetensors')
+    (tmp_path / 'test' / 'cat' / 'zzz.jpg').write_text('no image')
+    status, out, err = run(
+        capsys, 'validate', '--model', 'smpconv_cifar', '--data', tmp_path, '--checkpoint-path', weights
+    )
+    assert status == 2 and not out and 'zzz.jpg is no readable image' in err and err.count('\n') == 1
+
+
+def test_a_picture_that_cannot_be_written(capsys, tmp_path, data):
+    """The result is there all the same."""
+    weights = _save('smpconv_cifar', tmp_path / 'w.safetensors')
+    arguments = ('validate', '--model', 'smpconv_cifar', '--data', data, '--checkpoint-path', weights)
+    status, out, err = run(capsys, *arguments, '--confusion', tmp_path)
+    assert status == 2 and 'of 20 test samples right' in out and str(tmp_path) in err
+    assert run(capsys, *arguments, '--confusion', tmp_path / 'x[1]**.png')[0] == 0
+    assert (tmp_path / 'x[1]**.png').is_file()

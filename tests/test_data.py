@@ -337,3 +337,20 @@ def test_missing_trajectories(tmp_path):
     (tmp_path / 'other.ts').touch()
     with pytest.raises(ValueError, match='CharacterTrajectories_TRAIN.ts or in a .zip that holds it: it is missing'):
         make('character_trajectories', tmp_path, tmp_path / 'other.ts')
+
+
+def test_damaged_mnist(tmp_path):
+    """Files that are there and wrong are not said to be missing."""
+    for i, (name, change) in enumerate(
+        {
+            'train-images-idx3-ubyte': lambda raw: raw[:100],
+            'train-labels-idx1-ubyte': lambda raw: b'',
+            't10k-labels-idx1-ubyte': lambda raw: raw[:4] + (5).to_bytes(4, 'big') + raw[8:13],
+            't10k-images-idx3-ubyte': lambda raw: (0x801).to_bytes(4, 'big') + (16).to_bytes(4, 'big') + raw[8:24],
+        }.items()
+    ):
+        folder = write_mnist(tmp_path / str(i))
+        path = folder / 'MNIST' / 'raw' / name
+        path.write_bytes(change(path.read_bytes()))
+        with pytest.raises(ValueError, match=f'{name}.*(damaged|belong).*make it again'):
+            load_mnist(folder, name.startswith('train'))

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +23,12 @@ from safetensors.torch import load_file
 from timm_smpconv import train as module
 from timm_smpconv._files import read_metadata, save_tensors
 from timm_smpconv.catalog import model_names
-from timm_smpconv.checkpoint import CheckpointError
+from timm_smpconv.checkpoint import CheckpointError, carried_settings
+from timm_smpconv.convert import convert
 from timm_smpconv.data import load_mnist, load_speech
 from timm_smpconv.models.smpconv_seq import change_rate
 from timm_smpconv.predict import load_model
-from timm_smpconv.recipe import Recipe, read_recipe, recipe_text
+from timm_smpconv.recipe import Recipe, field_texts, read_recipe, recipe_text
 from timm_smpconv.tasks import (
     TASKS,
     augment_digits,
@@ -316,6 +318,9 @@ def test_other_recipe_in_the_same_folder(data_dir, tmp_path):
         (dict(model_kwargs=dict(colour=1)), r"model_kwargs=\{'colour': 1\} cannot work: .*colour"),
         (dict(model_kwargs=dict(drop_rate=0.1)), 'cannot work: .*drop_rate'),
         (dict(model_kwargs=dict(depth=0)), 'depth and dim must be positive'),
+        (dict(model_kwargs=dict(num_classes=5)), 'give 5 classes, the data have 10'),
+        (dict(model_kwargs=dict(in_chans=2)), 'do not fit the data: .*got .*1, 28, 28'),
+        (dict(opt='adahessian'), 'second derivatives'),
         (dict(opt='hope'), 'Optimizer hope not found'),
         (dict(opt_kwargs=dict(colour=1)), r"opt='adam', opt_kwargs=\{'colour': 1\} cannot work: .*colour"),
     ],
@@ -495,3 +500,117 @@ def test_slow_steps_are_saved_by_the_clock(data_dir, tmp_path, monkeypatch):
     saved.clear()
     train(dataclasses.replace(RECIPE, epochs=1), data_dir, tmp_path / 'b', progress=False, recovery_interval=0)
     assert saved == [5]
+
+
+@pytest.mark.parametrize('fields', [dict(opt_kwargs=dict(eps=1e-8)), dict(model_kwargs=dict(radius=2e-5, depth=1)), {}])
+def test_recipes_are_read_as_they_were_written(fields, tmp_path):
+    recipe = dataclasses.replace(RECIPE, lr=1e-7, min_lr=1e-8, initial_checkpoint="a: b'#.pt", **fields)
+    (tmp_path / 'recipe.yaml').write_text(recipe_text(recipe))
+    assert Recipe(**read_recipe(tmp_path / 'recipe.yaml')) == recipe
+    assert yaml.safe_load(recipe_text(recipe)) == dataclasses.asdict(recipe)
+
+
+def test_numbers_without_a_point(tmp_path):
+    text = 'lr: 1e-3\nepochs: 3\nopt_kwargs: {eps: 1e-8, betas: [.5, 1E-2]}\nmodel_kwargs: {"radius": 2e+0}\n'
+    (tmp_path / 'a.yaml').write_text(text)
+    fields = read_recipe(tmp_path / 'a.yaml')
+    assert fields == dict(
+        lr=1e-3, epochs=3, opt_kwargs=dict(eps=1e-8, betas=[0.5, 0.01]), model_kwargs=dict(radius=2.0)
+    )
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        dict(clip_grad=-1.0), dict(smoothing=2.0), dict(mixup=-1.0), dict(lr=float('inf')), dict(noise=float('nan')),
+        dict(weight_decay=float('nan')), dict(gain=1000.0), dict(time_shift=float('nan')), dict(drop_path=-0.5),
+        dict(time_mask=-5), dict(min_lr=5.0), dict(seed=2**64),
+    ],
+)  # fmt: skip
+def test_numbers_that_make_no_sense(fields):
+    (name,) = fields
+    with pytest.raises(ValueError, match=f'{name} must be'):
+        Recipe(**fields)
+
+
+def test_every_field_is_described():
+    assert set(field_texts()) == {field.name for field in dataclasses.fields(Recipe)}
+    assert field_texts()['clip_grad'] == 'Largest norm of the gradient, 0 for no limit.'
+    assert field_texts()['sample_rate'].endswith('of `model_kwargs` have to fit.')
+
+
+def test_other_data_in_the_same_run(data_dir, tmp_path):
+    recipe = dataclasses.replace(RECIPE, epochs=1)
+    train(recipe, data_dir, tmp_path / 'run', progress=False)
+    train(recipe, data_dir, tmp_path / 'run', progress=False)
+    other = write_mnist(tmp_path / 'other')
+    path = other / 'MNIST' / 'raw' / 'train-images-idx3-ubyte'
+    data = bytearray(path.read_bytes())
+    data[20] ^= 1  # of the first image
+    path.write_bytes(data)
+    held = write_mnist(tmp_path / 'more', train=26)
+    for folder in (held, other):
+        with pytest.raises(ValueError, match='other data'):
+            train(dataclasses.replace(recipe, val_images=5), folder, tmp_path / 'run', progress=False)
+
+
+@pytest.mark.parametrize('device', ['meta', 'nowhere', 'cuda:77'])
+def test_devices_that_cannot_be_used(device, data_dir, tmp_path):
+    with pytest.raises(ValueError, match=f'device .*{device}'):
+        train(RECIPE, data_dir, tmp_path / 'run', progress=False, device=device)
+    with pytest.raises(ValueError, match='recovery_interval'):
+        train(RECIPE, data_dir, tmp_path / 'run', progress=False, recovery_interval=-5)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_full_disk(data_dir, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError('unexpected pos 64 vs 0')
+
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(OSError, match='Cannot write .*checkpoint.pt'):
+        train(RECIPE, data_dir, tmp_path, progress=False)
+
+
+def test_every_form_of_the_weights_carries_the_statistics(data_dir, tmp_path):
+    """Checkpoint, weights, what is converted and what is installed: all are used to the same inputs."""
+    name = 'smpconv_seq_chartraj'
+    recipe = Recipe(model=name, epochs=1, **{**SPEECH, 'model_kwargs': {}})
+    path = train(recipe, data_dir, tmp_path / 'run', progress=False)
+    mean = tuple(read_metadata(path)['mean'])
+    assert mean[0] == pytest.approx(5, abs=0.5)
+    folder = convert(tmp_path / 'run' / 'checkpoint.pt', name, tmp_path / 'folder', install=True).folder
+    shutil.copy(path, tmp_path / 'weights.pt')  # contents decide
+    shutil.copy(tmp_path / 'run' / 'checkpoint.pt', tmp_path / 'checkpoint.pt')
+    for file in (path, tmp_path / 'checkpoint.pt', folder / 'model.safetensors', None):
+        assert tuple(load_model(name, file).pretrained_cfg['mean']) == mean, file
+    assert tuple(timm.create_model(f'local-dir:{folder}', pretrained=True).pretrained_cfg['mean']) == mean
+    assert carried_settings(tmp_path / 'weights.pt')['mean'] == mean
+    for i, file in enumerate((tmp_path / 'checkpoint.pt', folder / 'model.safetensors')):
+        again = dataclasses.replace(recipe, initial_checkpoint=str(file))
+        path = train(again, write_trajectories(tmp_path / str(i), train=60), tmp_path / f'run{i}', progress=False)
+        assert tuple(read_metadata(path)['mean']) == mean
+
+
+def test_weights_of_another_rate_are_not_validated(data_dir, tmp_path):
+    name = 'smpconv_seq_speech_raw'
+    kwargs = dict(kernel_size=500, radius=0.008, small_kernel_size=5)
+    recipe = Recipe(model=name, epochs=1, sample_rate=500, **{**SPEECH, 'model_kwargs': kwargs})
+    path = train(recipe, data_dir, tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r'inputs of size \(1, 1, 500\)'):
+        load_model(name, path)
+    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).pretrained_cfg['input_size'][2] == 500
+    with pytest.raises(ValueError, match='can be installed'):
+        convert(path, name, install=True)
+
+
+def test_half_of_the_digits_are_shifted():
+    images = torch.zeros(2000, 1, 28, 28)
+    images[:, :, 12:16, 12:16] = 1.0  # rotation and scale leave its middle
+    augmented = augment_digits(images, torch.Generator().manual_seed(0))[:, 0]
+    places = torch.arange(28.0) - 13.5
+    mass = augmented.sum((1, 2)).clamp_min(1e-6)
+    x, y = (augmented.sum(1) * places).sum(1) / mass, (augmented.sum(2) * places).sum(1) / mass
+    erased = augmented.sum((1, 2)) < 0.9 * 0.75**2 * 16
+    moved = ((x.abs() > 0.05) | (y.abs() > 0.05))[~erased]
+    assert 0.44 < moved.float().mean() < 0.60

@@ -12,6 +12,7 @@ import torch
 __all__ = ['RATE', 'Sound', 'decode_sound', 'load_second', 'resample']
 
 RATE = 16000  # samples per second, and of a recording
+_MAX_RATE = 10_000_000  # of any file; more is a damaged header, and would be a second of that many samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +99,12 @@ def load_second(path: Union[str, Path]) -> torch.Tensor:
     """
     path = Path(path)
     sound = decode_sound(path.read_bytes(), path.name)
-    samples = np.nan_to_num(sound.samples.mean(1))
+    # floating-point files can hold anything
+    samples = np.nan_to_num(sound.samples, posinf=0.0, neginf=0.0).clip(-1.0, 1.0).mean(1)
     if not len(samples):
         raise ValueError(f'{path.name} has no samples.')
+    if sound.rate > _MAX_RATE:
+        raise ValueError(f'{path.name} has {sound.rate} samples per second, expected at most {_MAX_RATE}.')
     if len(samples) > sound.rate:
         energy = np.concatenate([[0.0], np.cumsum(np.square(samples, dtype=np.float64))])
         first = int(np.argmax(energy[sound.rate :] - energy[: -sound.rate]))

@@ -28,6 +28,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torchvision.datasets import MNIST
+from torchvision.datasets.mnist import read_image_file, read_label_file
 from tqdm import tqdm
 
 from ._files import save_tensors
@@ -238,15 +239,27 @@ def load_mnist(root: Union[str, Path], train: bool) -> Samples:
 
     Raises:
         FileNotFoundError: The files are not there.
+        ValueError: They are damaged.
     """
-    try:
-        data = MNIST(str(root), train=train, download=False)
-    except RuntimeError as e:
+    raw = Path(root) / 'MNIST' / 'raw'
+    part = 'train' if train else 't10k'
+    repair = f'delete {raw}, and make it again with: timm-smpconv data mnist {root}'
+    names = (f'{part}-images-idx3-ubyte', f'{part}-labels-idx1-ubyte')
+    if not all((raw / name).is_file() for name in names):
         raise FileNotFoundError(
-            f'No MNIST under {root}: expected the unpacked IDX files (train-images-idx3-ubyte ...) in '
-            f'{Path(root) / "MNIST" / "raw"}. Make them with: timm-smpconv data mnist {root}'
-        ) from e
-    return Samples(data.data.unsqueeze(1), data.targets)
+            f'No MNIST under {root}: expected the unpacked IDX files (train-images-idx3-ubyte ...) in {raw}. Make them '
+            f'with: timm-smpconv data mnist {root}'
+        )
+    try:
+        images, labels = read_image_file(str(raw / names[0])), read_label_file(str(raw / names[1]))
+    except (RuntimeError, ValueError, TypeError, AssertionError, LookupError) as e:
+        raise ValueError(f'{names[0]} or {names[1]} in {raw} is damaged: {repair}') from e
+    if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or (len(labels) and labels.max() > 9):
+        raise ValueError(
+            f'The files {" and ".join(names)} in {raw} do not belong together (images {tuple(images.shape)}, labels '
+            f'{tuple(labels.shape)}): {repair}'
+        )
+    return Samples(images.unsqueeze(1), labels)
 
 
 # CIFAR-10

@@ -1,13 +1,15 @@
 """Recipes: the hyper-parameters of `timm-smpconv train`."""
 
 import dataclasses
-import json
+import inspect
+import math
+import re
 from pathlib import Path
 from typing import Any, Dict
 
 import yaml
 
-__all__ = ['Recipe', 'read_recipe', 'recipe_text']
+__all__ = ['Recipe', 'field_texts', 'read_recipe', 'recipe_text']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,23 +91,53 @@ class Recipe:
         for name, low, high in (
             ('epochs', 1, None),
             ('batch_size', 1, None),
+            ('lr', 0, None),
+            ('min_lr', 0, self.lr),
             ('warmup_epochs', 0, None),
+            ('weight_decay', 0, None),
+            ('clip_grad', 0, None),
+            ('drop', 0, 1),
+            ('drop_path', 0, 1),
+            ('input_drop_rate', 0, 1),
+            ('smoothing', 0, 1),
+            ('mixup', 0, None),
             ('model_ema_decay', 0, 1),
+            ('time_shift', 0, 1),
             ('speed', 0, 0.9),
+            ('gain', 0, 60),
+            ('noise', 0, 1),
             ('sample_rate', 0, 16000),
             ('initial_sample_rate', 0, 16000),
+            ('time_mask', 0, None),
+            ('freq_mask', 0, None),
             ('masks', 0, None),
             ('val_images', 0, None),
             ('val_percent', 0, 99),
+            ('seed', 0, 2**63 - 1),
         ):
             value = getattr(self, name)
-            if value < low or (high is not None and value > high):
+            if not math.isfinite(value) or value < low or (high is not None and value > high):
                 limits = f'at least {low}' if high is None else f'from {low} to {high}'
                 raise ValueError(f'{name} must be {limits}, got {value!r}.')
         if self.pretrained and self.initial_checkpoint:
             raise ValueError('pretrained and initial_checkpoint both say where to start: give one of them.')
         if self.initial_sample_rate and not self.initial_checkpoint:
             raise ValueError('initial_sample_rate is that of the network in initial_checkpoint: give that too.')
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3, without a point, as a number: YAML 1.1 takes it for text."""
+
+
+_Loader.add_implicit_resolver(
+    'tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$'), list('-+.0123456789')
+)
+
+
+def field_texts() -> Dict[str, str]:
+    """What each field of a recipe is."""
+    text = inspect.cleandoc(Recipe.__doc__ or '')  # none if Python runs without them
+    return {name: ' '.join(line.split()) for name, line in re.findall(r'^ {4}(\w+): ((?:.|\n {8})+)$', text, re.M)}
 
 
 def read_recipe(path: Path) -> Dict[str, Any]:
@@ -122,7 +154,7 @@ def read_recipe(path: Path) -> Dict[str, Any]:
         ValueError: It is not YAML, or has unknown fields or wrong values.
     """
     try:
-        fields = yaml.safe_load(path.read_text(encoding='utf-8'))
+        fields = yaml.load(path.read_text(encoding='utf-8'), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ValueError(f'{path} is not YAML: {e}.') from e
     types = {field.name: field.type for field in dataclasses.fields(Recipe)}
@@ -132,11 +164,8 @@ def read_recipe(path: Path) -> Dict[str, Any]:
         if name not in types:
             raise ValueError(f'{path}: unknown field {name!r}, expected {", ".join(types)}.')
         kind = types[name] if isinstance(types[name], type) else dict
-        if kind is float and type(value) in (int, str):  # YAML takes 1e-3, without a point, for text
-            try:
-                fields[name] = value = float(value)
-            except ValueError:
-                pass
+        if kind is float and type(value) is int:
+            fields[name] = value = float(value)
         if type(value) is not kind:
             raise ValueError(f'{path}: {name} must be of type {kind.__name__}, got {value!r}.')
     return fields
@@ -144,4 +173,4 @@ def read_recipe(path: Path) -> Dict[str, Any]:
 
 def recipe_text(recipe: Recipe) -> str:
     """A recipe with all its fields as YAML."""
-    return ''.join(f'{name}: {json.dumps(value)}\n' for name, value in dataclasses.asdict(recipe).items())
+    return yaml.safe_dump(dataclasses.asdict(recipe), default_flow_style=None, sort_keys=False, width=math.inf)

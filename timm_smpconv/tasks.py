@@ -63,13 +63,13 @@ def augment_digits(images: torch.Tensor, generator: torch.Generator) -> torch.Te
     """
     count, _, height, width = images.shape
 
-    def uniform(low: float, high: float, neutral: float) -> torch.Tensor:
-        value = low + (high - low) * torch.rand(count, generator=generator)
+    def uniform(low: float, high: float, neutral: float, numbers: int = 1) -> torch.Tensor:
+        value = low + (high - low) * torch.rand(numbers, count, generator=generator)
         return torch.where(torch.rand(count, generator=generator) < 0.5, value, torch.full((), neutral))
 
-    angle = uniform(-30.0, 30.0, 0.0).deg2rad()
-    shift_x, shift_y = uniform(-4 / 28, 4 / 28, 0.0), uniform(-4 / 28, 4 / 28, 0.0)  # in half widths
-    scale = uniform(0.75, 1.0, 1.0)
+    (angle,) = uniform(-30.0, 30.0, 0.0).deg2rad()
+    shift_x, shift_y = uniform(-4 / 28, 4 / 28, 0.0, numbers=2)  # in half widths
+    (scale,) = uniform(0.75, 1.0, 1.0)
     # affine_grid maps outputs to inputs: inverse rotation, inverse scale
     cos, sin = angle.cos() / scale, angle.sin() / scale
     theta = torch.stack([torch.stack([cos, sin, shift_x], 1), torch.stack([-sin, cos, shift_y], 1)], 1)

@@ -26,12 +26,11 @@ from tqdm import tqdm
 
 from ._files import atomic_path, save_tensors, write_text
 from .audio import RATE
-from .checkpoint import fit_checkpoint, read_checkpoint
+from .checkpoint import carried_settings, fit_checkpoint, read_checkpoint
 from .convert import write_config
 from .data import Samples
 from .models._checkpoint import unwrap_checkpoint
 from .models.smpconv_seq import change_rate
-from .predict import carried_statistics
 from .recipe import Recipe, read_recipe, recipe_text
 from .tasks import TASKS, Task, channel_statistics, network_input, split
 
@@ -39,7 +38,7 @@ __all__ = ['check_trainable', 'evaluate', 'train']
 
 _logger = logging.getLogger(__name__)
 
-_CHECKPOINT_VERSION = 2
+_CHECKPOINT_VERSION = 3
 _RECOVERY_SECONDS = 300  # steps of the longest sequences take most of a minute
 
 
@@ -111,6 +110,14 @@ def _seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], 'big')
 
 
+def _digest(samples: Samples) -> str:
+    """What tells one set of training data from another."""
+    digest = hashlib.sha256(repr(tuple(samples.inputs.shape)).encode())
+    for tensor in (samples.labels, samples.inputs):
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def _blaming(**fields: Any) -> Iterator[None]:
     """Turns the TypeError of arguments that nothing takes into a ValueError that names the fields they are from."""
@@ -127,6 +134,7 @@ class _Run:
     def __init__(self, recipe: Recipe, task: Task, samples: Samples, output: Path, device: torch.device):
         self.recipe, self.output, self.device = recipe, output, device
         self.steps_per_epoch = len(samples) // recipe.batch_size
+        self.data = _digest(samples)
         torch.manual_seed(recipe.seed)
         resumed = self._checkpoint_path.exists()
         kwargs = dict(
@@ -146,7 +154,7 @@ class _Run:
                 ratio = (recipe.sample_rate or RATE) / recipe.initial_sample_rate
                 checkpoint = change_rate(unwrap_checkpoint(checkpoint), self.model, ratio)
             self.model.load_state_dict(fit_checkpoint(checkpoint, self.model, str(path)))
-            carried = carried_statistics(path)
+            carried = {k: v for k, v in carried_settings(path, self.model.in_chans).items() if k != 'input_size'}
             cfg.update(carried)
             measured = measured and not carried
         self.model.to(device)
@@ -156,6 +164,8 @@ class _Run:
         kwargs = dict(lr=recipe.lr, weight_decay=recipe.weight_decay)
         with _blaming(opt=recipe.opt, opt_kwargs=recipe.opt_kwargs):
             self.optimizer = create_optimizer_v2(self.model, recipe.opt, **kwargs, **recipe.opt_kwargs)
+            if getattr(self.optimizer, 'is_second_order', False):
+                raise ValueError(f'opt={recipe.opt!r} needs second derivatives, which are not computed.')
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             'cosine',
@@ -201,6 +211,8 @@ class _Run:
             raise ValueError(f'Cannot continue from {path}, it is damaged or no checkpoint: {advice}.') from e
         if version != _CHECKPOINT_VERSION:
             raise ValueError(f'Cannot continue from {path}, which another version of this package wrote: {advice}.')
+        if checkpoint.get('data') != self.data:
+            raise ValueError(f'Cannot continue from {path}: it is of a run on other data; {advice}.')
         try:
             self.model.load_state_dict(checkpoint['state_dict'])
             self.optimizer.load_state_dict(checkpoint['optimizer'])
@@ -214,24 +226,27 @@ class _Run:
 
     def save(self) -> None:
         """Writes the checkpoint and, from the rows in it, the log."""
+        checkpoint = dict(
+            version=_CHECKPOINT_VERSION,
+            arch=self.recipe.model,
+            data=self.data,
+            state_dict=self.model.state_dict(),
+            state_dict_ema=self.ema.module.state_dict() if self.ema else None,
+            optimizer=self.optimizer.state_dict(),
+            step=self.step,
+            loss_sum=self.loss_sum,
+            hits=self.hits,
+            seconds=self.seconds,
+            rows=self.rows,
+            mean=self.mean,
+            std=self.std,
+            input_size=self.model.pretrained_cfg['input_size'],
+        )
         with atomic_path(self._checkpoint_path) as part:
-            torch.save(
-                dict(
-                    version=_CHECKPOINT_VERSION,
-                    arch=self.recipe.model,
-                    state_dict=self.model.state_dict(),
-                    state_dict_ema=self.ema.module.state_dict() if self.ema else None,
-                    optimizer=self.optimizer.state_dict(),
-                    step=self.step,
-                    loss_sum=self.loss_sum,
-                    hits=self.hits,
-                    seconds=self.seconds,
-                    rows=self.rows,
-                    mean=self.mean,
-                    std=self.std,
-                ),
-                part,
-            )
+            try:
+                torch.save(checkpoint, part)
+            except RuntimeError as e:  # a full disk, for one
+                raise OSError(f'Cannot write {self._checkpoint_path}: {e}') from e
         self.write_log()
         self.saved_at = time.monotonic()
 
@@ -307,10 +322,15 @@ def train(
     Raises:
         FileNotFoundError: The data are not there.
         WeightsError, CheckpointError: The weights to start from cannot be had, or do not fit.
-        ValueError: The recipe or the data do not fit, or the output folder belongs to another recipe.
+        ValueError: The recipe, the data or the device do not fit, or the output folder belongs to another recipe or to
+            other data.
+        OSError: The disk is full.
         FloatingPointError: The loss is not finite.
     """
     output = Path(output)
+    if recovery_interval < 0:
+        raise ValueError(f'recovery_interval must not be negative, got {recovery_interval}.')
+    device = _usable_device(device)
     task = check_trainable(recipe)
     samples, held = split(task.load(data_dir, True), recipe, task)
     recipe_path = output / 'recipe.yaml'
@@ -320,7 +340,8 @@ def train(
     elif (output / 'checkpoint.pt').exists():
         raise ValueError(f'{output} holds a run without its {recipe_path.name}: choose another output folder.')
 
-    run = _Run(recipe, task, samples, output, torch.device(device))
+    run = _Run(recipe, task, samples, output, device)
+    _try_out(run, task, samples)
     write_text(recipe_path, recipe_text(recipe))  # now that the recipe is known to work
     run.write_log()
     steps, batch_size = run.steps_per_epoch, recipe.batch_size
@@ -346,6 +367,27 @@ def train(
             run.end_epoch(accuracy)
             run.save()
     return _write_result(run)
+
+
+def _usable_device(device: Union[str, torch.device]) -> torch.device:
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        reason = str(e).split('\n')[0]
+        raise ValueError(f'device {str(device)!r} cannot be used: {reason} Expected cpu, or cuda with a GPU.') from e
+    return torch.device(device)
+
+
+def _try_out(run: _Run, task: Task, samples: Samples) -> None:
+    """Lets a sample through the network, before anything is written."""
+    kwargs = run.recipe.model_kwargs
+    classes = int(samples.labels.max()) + 1
+    if run.model.num_classes < classes:
+        raise ValueError(f'model_kwargs={kwargs} give {run.model.num_classes} classes, the data have {classes}.')
+    try:
+        evaluate(run.model, samples[:1], task, progress=False)
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(f'model_kwargs={kwargs} do not fit the data: {e}') from e
 
 
 def _train_epoch(
@@ -398,6 +440,8 @@ def _write_result(run: _Run) -> Path:
     write_config(model, run.output / 'config.json', recipe.model_kwargs)
     path = run.output / 'model.safetensors'
     # a file on its own says how its input is normalised
-    metadata = dict(architecture=model.pretrained_cfg['architecture'], mean=run.mean, std=run.std)
+    metadata = dict(
+        architecture=model.pretrained_cfg['architecture'], mean=run.mean, std=run.std, input_size=cfg['input_size']
+    )
     save_tensors(path, model.state_dict(), metadata)
     return path

@@ -3,10 +3,11 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import timm
 import torch
+from PIL import Image
 from timm.data import ImageDataset, ImageNetInfo, create_loader, resolve_data_config
 from torch import nn
 from tqdm import tqdm
@@ -68,7 +69,7 @@ def validate(
         progress: Show a progress bar.
 
     Raises:
-        ValueError: The model is unknown, or weights or data do not fit.
+        ValueError: The model is unknown, weights or data do not fit, or an image cannot be read.
         FileNotFoundError: The data are not there.
         RuntimeError: The model has no weights.
     """
@@ -76,6 +77,8 @@ def validate(
     task = TASKS.get(name.partition('.')[0])
     if task:
         samples = task.load(data_dir, False)
+        if not len(samples):
+            raise ValueError(f'{data_dir} has no test data for {name}.')
         model = load_model(name, checkpoint_path)
         predictions = evaluate(model, samples, task, progress=progress)
         return Measurement(name, predictions, samples.labels, class_names(model))
@@ -83,6 +86,19 @@ def validate(
     model = load_model(name, checkpoint_path)
     predictions, labels = _evaluate_images(model, dataset, progress)
     return Measurement(name, predictions, labels, class_names(model))
+
+
+class _Images(ImageDataset):
+    """Images none of which is left out: timm's own data set takes the next one for one that it cannot read."""
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        file, target = self.reader[index]
+        try:
+            with file:
+                image = Image.open(file).convert('RGB')
+        except Exception as e:  # Pillow fails in any way on damaged files
+            raise ValueError(f'{self.filename(index)} is no readable image ({e}): remove or replace it.') from e
+        return self.transform(image) if self.transform else image, target
 
 
 def _image_folder(name: str, root: Path) -> ImageDataset:
@@ -100,7 +116,7 @@ def _image_folder(name: str, root: Path) -> ImageDataset:
         if strange:
             raise ValueError(f'{folder / strange[0]} is not a class of {name}, which knows {_some(known)}.')
         try:
-            return ImageDataset(str(folder), class_map=indices)
+            return _Images(str(folder), class_map=indices)
         except RuntimeError as e:
             raise FileNotFoundError(' '.join(str(e).split())) from e
     raise FileNotFoundError(
