@@ -434,7 +434,8 @@ def hub_cause(error: Exception, repo: str, filename: str = 'such file') -> str:
         return 'offline (HF_HUB_OFFLINE is set): unset it.'
     if status == 403:
         return f'access to {repo} is refused (403): log in as somebody who may (`hf auth login` or HF_TOKEN).'
-    if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
+    found = isinstance(error, (RevisionNotFoundError, EntryNotFoundError))  # the repository, if not what is in it
+    if isinstance(error, RepositoryNotFoundError) or status == 401 or (status == 404 and not found):
         return 'no such repository, or a private one: check the name, or log in (`hf auth login` or HF_TOKEN).'
     if isinstance(error, RevisionNotFoundError):
         return f'{repo} has no such revision: check what follows the @.'
