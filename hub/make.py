@@ -7,6 +7,7 @@ python hub/make.py --check   # exits with 1 if anything differs
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -49,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description='Makes documents from the table of weights.')
     parser.add_argument('--check', action='store_true', help='write nothing, and fail if anything differs')
     check = parser.parse_args(argv).check
+    os.environ.pop('TIMM_SMPCONV_HUB_ORG', None)  # the documents name the project's own organisation
     outdated = [(path, text) for path, text in documents().items() if not path.exists() or path.read_text() != text]
     for path, text in outdated:
         print(path.relative_to(ROOT))
