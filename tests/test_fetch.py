@@ -92,14 +92,15 @@ def test_server_without_ranges(drive):
     check_logits(create())
 
 
-def test_other_process_goes_on(drive, own):
-    """What had arrived before a download was killed is not fetched again."""
+@pytest.mark.parametrize('version,kept', [('"v1"', True), ('"v1"\r\nHost: elsewhere', False), ('', False)])
+def test_other_process_goes_on(version, kept, drive, own):
+    """What had arrived before a download was killed is not fetched again, unless what was noted of it is damaged."""
     part = own / 'downloads' / f'{WEIGHTS[NAME].authors_file}.part'
     part.parent.mkdir(parents=True)
     part.write_bytes(drive.data[: 1 << 19])
-    part.with_name(part.name + '.version').write_text('"v1"')
+    part.with_name(part.name + '.version').write_text(version)
     check_logits(create())
-    assert drive.requests[0] == f'bytes={1 << 19}-'
+    assert drive.requests[0] == (f'bytes={1 << 19}-' if kept else None)
 
 
 @pytest.mark.parametrize('mode', ['quota', 'refused', 'dead'])
@@ -293,15 +294,6 @@ def test_dates_in_place_of_etags(drive):
     drive.mode, drive.part, drive.version = 'broken', len(drive.data) // 3, 'date'
     check_logits(create())
     assert drive.requests[1] == f'bytes={drive.part}-'
-
-
-def test_damaged_note_of_the_version(drive, own):
-    part = own / 'downloads' / f'{WEIGHTS[NAME].authors_file}.part'
-    part.parent.mkdir(parents=True)
-    part.write_bytes(drive.data[: 1 << 19])
-    part.with_name(part.name + '.version').write_text('"v1"\r\nHost: elsewhere')
-    check_logits(create())
-    assert drive.requests[0] is None
 
 
 def test_no_home(monkeypatch):

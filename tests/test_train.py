@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -40,7 +41,7 @@ from timm_smpconv.tasks import (
     split,
 )
 from timm_smpconv.train import _mix, _seed, evaluate, train
-from timm_smpconv.weights import WEIGHTS
+from timm_smpconv.weights import WEIGHTS, bundled_path
 
 RECIPE = Recipe(epochs=2, batch_size=4, val_images=5, lr=1e-3, model_kwargs=dict(dim=6, depth=2))
 SPEECH = dict(
@@ -614,3 +615,12 @@ def test_half_of_the_digits_are_shifted():
     erased = augmented.sum((1, 2)) < 0.9 * 0.75**2 * 16
     moved = ((x.abs() > 0.05) | (y.abs() > 0.05))[~erased]
     assert 0.44 < moved.float().mean() < 0.60
+
+
+def test_images_of_another_size_are_taken(tmp_path):
+    """A network of images is used at the size that its folder says."""
+    path = convert(bundled_path('smpconv_cifar.c10'), 'smpconv_cifar', tmp_path / 'out').folder / 'config.json'
+    config = json.loads(path.read_text())
+    config['pretrained_cfg']['input_size'] = [3, 40, 40]
+    path.write_text(json.dumps(config))
+    assert tuple(load_model('smpconv_cifar', path.with_name('model.safetensors')).pretrained_cfg['input_size'])[1] == 40

@@ -19,10 +19,10 @@ from .catalog import model_names
 from .models._checkpoint import unwrap_checkpoint
 from .weights import WeightsError
 
-__all__ = ['CheckpointError', 'carried_settings', 'differences', 'fit_checkpoint', 'read_checkpoint']
+__all__ = ['FLOATS', 'CheckpointError', 'carried_settings', 'differences', 'fit_checkpoint', 'read_checkpoint']
 
 _MAX_LISTED = 12  # differences that a message names
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others need scales that weights lack
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others need scales that weights lack
 
 
 class CheckpointError(WeightsError):
@@ -126,8 +126,8 @@ def differences(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> List[s
             found.append(f'shape of {key}: {tuple(value.shape)}, expected {tuple(wanted.shape)}')
         elif value.is_floating_point() != wanted.is_floating_point() or value.is_complex():
             found.append(f'kind of {key}: {value.dtype}, expected {wanted.dtype}')
-        elif value.is_floating_point() and value.dtype not in _FLOATS:
-            found.append(f'kind of {key}: {value.dtype}, expected one of {", ".join(map(str, _FLOATS))}')
+        elif value.is_floating_point() and value.dtype not in FLOATS:
+            found.append(f'kind of {key}: {value.dtype}, expected one of {", ".join(map(str, FLOATS))}')
         elif value.is_floating_point() and not torch.isfinite(value.to(wanted.dtype)).all():
             found.append(f'values of {key}: not finite')
         elif key.endswith('running_var') and (value < 0).any():

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from . import store
 from ._files import save_tensors, write_text
-from .checkpoint import CheckpointError, fit_checkpoint, read_checkpoint
+from .checkpoint import FLOATS, CheckpointError, fit_checkpoint, read_checkpoint
 from .weights import WEIGHTS, WeightsError, bundled_path, hub_repo
 
 __all__ = ['WEIGHTS_FILE', 'download', 'from_hub', 'hub_cause', 'hub_file', 'locate', 'without_password']
@@ -390,9 +390,8 @@ def _check_readable(path: Path) -> None:
             with safe_open(path, 'pt') as file:
                 for key in file.keys():
                     value = file.get_tensor(key)
-                    if value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-                        if not torch.isfinite(value).all():
-                            raise _Unavailable(f'{path.name} has values in {key} that are not finite.')
+                    if value.dtype in FLOATS and not torch.isfinite(value).all():
+                        raise _Unavailable(f'{path.name} has values in {key} that are not finite.')
         except (SafetensorError, OSError) as e:
             raise _Unavailable(f'{path.name} is no intact safetensors file ({_one_line(e)}).') from e
     elif path.suffix in ('.bin', '.pth', '.pt'):

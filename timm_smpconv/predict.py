@@ -127,8 +127,9 @@ def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None) ->
         raise ValueError(f'No checkpoint at {path}: expected a file of weights (.safetensors, .pth, .pt ...).')
     try:
         carried = carried_settings(path, _input_size(name)[0])
-        size = tuple(carried.pop('input_size', _input_size(name)))
-        if size != _input_size(name):
+        size = carried.get('input_size', _input_size(name))
+        # images may have any size; a series of another rate is another one
+        if _input_size(name)[1] == 1 and tuple(size) != _input_size(name):
             raise ValueError(
                 f'it is of inputs of size {size}, not {_input_size(name)}: load its folder from Python, with '
                 f'timm.create_model("local-dir:{path.parent}", pretrained=True).'
