@@ -37,6 +37,7 @@ from timm_smpconv.layers import (
     CausalConv1d,
     LargeConv2d,
     PeripheralConv2d,
+    PointwiseConv2d,
     RepSMPConv1d,
     RepSMPConv2d,
     SMPConv1d,
@@ -88,6 +89,7 @@ def make_plain(model: nn.Module) -> nn.Module:
         SMPConv2d: lambda m, x: plain_conv2d(x, m.kernel(), m.bias, x.shape[1] if m.depthwise else 1),
         SMPConv1d: lambda m, x: plain_conv1d(x, m.kernel(), m.bias),
         LargeConv2d: lambda m, x: plain_conv2d(x, m.weight, m.bias, m.groups),
+        PointwiseConv2d: lambda m, x: m._conv_forward(x, m.weight, m.bias),
         CausalConv1d: lambda m, x: plain_conv1d(x, m.weight, m.bias),
         PeripheralConv2d: plain_peripheral_conv2d,
         # without what this package does in eval mode and on a CPU beyond the convolutions
@@ -275,11 +277,12 @@ def gpu_op_case(channels: int, size: int, kernel: int, batch: int, dtype: torch.
         'plain channels_last': lambda: make(plain, last),
         'plain compiled': lambda: make(torch.compile(plain), nchw),
         'chosen': lambda: make(ours, nchw),
+        'chosen channels_last': lambda: make(ours, last),
         'fft': lambda: make(ours, nchw, 'fft'),
         'toeplitz': lambda: make(ours, nchw, 'toeplitz'),
     }
     kind, name = 'train' if train else 'infer', str(dtype).removeprefix('torch.')
-    goal = 'toeplitz: 10 x the best plain path' if kernel == 31 and dtype == torch.bfloat16 else ''
+    goal = '10 x the best plain path' if kernel == 31 and dtype == torch.bfloat16 else ''
     return Case(f'gpu-op-{kind}-{channels}x{size}x{size}-k{kernel}-b{batch}-{name}', paths, goal)
 
 
@@ -303,7 +306,6 @@ def gpu_model_case(name: str, batch: int, train: bool) -> Case:
         'plain': lambda: build(name, nchw, plain=True),
         'chosen': lambda: build(name, nchw),
         'chosen channels_last': lambda: build(name, last),
-        'toeplitz': lambda: on_backend('toeplitz', build(name, nchw)),
         'convnext_tiny': lambda: build('convnext_tiny', nchw),
         'convnext_tiny channels_last': lambda: build('convnext_tiny', last),
     }
@@ -313,14 +315,13 @@ def gpu_model_case(name: str, batch: int, train: bool) -> Case:
 
 def gpu_cases() -> List[Case]:
     shapes = ((96, 56, 31), (192, 28, 29), (384, 14, 27), (768, 7, 13), (64, 56, 51))
+    # around the crossovers of the rule: few taps, one image, large maps
+    few = ((96, 56, 5, 64), (96, 56, 7, 64), (96, 56, 13, 64), (384, 14, 5, 64), (768, 7, 5, 64), (96, 56, 31, 1))
+    crossovers = (*few, (32, 112, 51, 64), (32, 112, 101, 64))
+    both = [(dtype, train) for dtype in (torch.bfloat16, torch.float32) for train in (False, True)]
     return [
-        *(
-            gpu_op_case(*shape, batch, dtype, train)
-            for shape in shapes
-            for batch in (64, 128)
-            for dtype in (torch.bfloat16, torch.float32)
-            for train in (False, True)
-        ),
+        *(gpu_op_case(*shape, batch, *rest) for shape in shapes for batch in (64, 128) for rest in both),
+        *(gpu_op_case(*shape, *rest) for shape in crossovers for rest in both),
         *(gpu_model_case('smpconv_tiny', batch, train) for batch in (64, 128) for train in (False, True)),
     ]
 
@@ -404,6 +405,7 @@ def print_peak_memory(case: Case, path: str, device: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--cases', nargs='*', default=[''], help='run the cases whose names start so')
+    parser.add_argument('--skip', nargs='*', default=[], help='leave out these paths (plain stays)')
     parser.add_argument('--repeats', type=int, default=7, help='measured runs of each path')
     parser.add_argument('--seconds', type=float, default=20.0, help='no further run of a path after this time')
     parser.add_argument('--threads', type=int, default=os.cpu_count(), help='threads of torch')
@@ -417,6 +419,9 @@ def main() -> None:
         parser.error('--device cuda needs a CUDA GPU, and torch sees none')
     cases = gpu_cases() if args.device == 'cuda' else cpu_cases()
     cases = [c for c in cases if any(c.name.startswith(prefix) for prefix in args.cases)]
+    for case in cases:
+        for path in set(args.skip) & set(case.paths) - {'plain'}:
+            del case.paths[path]
     if not cases:
         parser.error(f'no case begins with {" or ".join(args.cases)}')
     if args.memory_of:
@@ -445,7 +450,13 @@ def main() -> None:
         medians = measure(runs, args.repeats, args.seconds, args.device, progress)
         for path, seconds in medians.items():
             ratio = medians['plain'] / seconds
-            row = dict(case=case.name, path=path, ms=f'{seconds * 1e3:.1f}', ratio=f'{ratio:.2f}', mib='')
+            row = dict(
+                case=case.name,
+                path=path,
+                ms=f'{seconds * 1e3:.{1 if args.device == "cpu" else 3}f}',
+                ratio=f'{ratio:.2f}',
+                mib='',
+            )
             if args.memory:
                 row['mib'] = f'{peak_memory(case.name, path, args.threads, args.device):.0f}'
             row['goal'] = case.goal if path == 'chosen' else ''

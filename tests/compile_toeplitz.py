@@ -12,11 +12,14 @@ from triton.compiler import ASTSource
 from timm_smpconv.ops import toeplitz
 
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
-POINTERS = ('x', 'weight', 'bias', 'y', 'grad', 'out')
+POINTERS = ('x', 'bands', 'bias', 'y', 'grad', 'out')
+OPTIONS = ('num_warps', 'num_stages')
 
 
 def compile_kernel(kernel, constants, dtype, capability):
     names, signature, aligned = kernel.arg_names, {}, {}
+    options = {name: value for name, value in constants.items() if name in OPTIONS}
+    constants = {name: value for name, value in constants.items() if name not in OPTIONS}
     for i, name in enumerate(names):
         if name in constants:
             signature[name] = 'constexpr'
@@ -27,13 +30,13 @@ def compile_kernel(kernel, constants, dtype, capability):
             signature[name] = 'i32'
     constexprs = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned)
-    return triton.compile(source, target=GPUTarget('cuda', capability, 32))
+    return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
 
 
 for capability, width, dtype in ((80, 56, 'bf16'), (90, 56, 'bf16'), (90, 14, 'fp16'), (90, 100, 'fp32')):
     for kernel, constants in (
-        (toeplitz._correlate_kernel, dict(toeplitz._correlate_blocks(64, width, DTYPES[dtype]), HAS_BIAS=True)),
-        (toeplitz._weight_grad_kernel, toeplitz._weight_grad_blocks(width, DTYPES[dtype])),
+        (toeplitz._correlate_kernel, dict(toeplitz._correlate_blocks(64, width, 31, 15, DTYPES[dtype]), HAS_BIAS=True)),
+        (toeplitz._weight_grad_kernel, toeplitz._weight_grad_blocks(width, 15, DTYPES[dtype])),
     ):
         asm = compile_kernel(kernel, constants, dtype, capability).asm
         print(kernel.fn.__name__, capability, width, dtype, len(asm['cubin']), 'mma' in asm['ptx'], flush=True)

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from synth import randomize_norms
 
 from timm_smpconv import ops
 
@@ -29,9 +31,9 @@ def randn(*shape, dtype=torch.float32, seed=0):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Names of the operators that ran."""
+    """Names of the kernels that ran."""
     seen = []
-    for name in ('_correlate', '_weight_grad'):
+    for name in ('_launch_correlate', '_launch_weight_grad'):
         operator = getattr(toeplitz, name)
         monkeypatch.setattr(toeplitz, name, lambda *args, n=name, o=operator: seen.append(n) or o(*args))
     return seen
@@ -44,16 +46,18 @@ def launches(monkeypatch):
     height=st.integers(1, 9),
     width=st.sampled_from([1, 5, 14, 16, 31, 65, 80]),
     taps=st.tuples(st.integers(1, 6), st.integers(1, 90)),
+    memory_format=st.sampled_from([torch.contiguous_format, torch.channels_last]),
     data=st.data(),
 )
-def test_values_and_gradients(dtype, batch, height, width, taps, data):
-    """Several tiles in each dimension, any padding, against torch in float64."""
+def test_values_and_gradients(dtype, batch, height, width, taps, memory_format, data):
+    """Several tiles in each dimension, any padding, both memory formats, against torch in float64."""
     taps = tuple(min(k, 2 * n - 1) for k, n in zip(taps, (height, width)))
     left = tuple(data.draw(st.integers(max(k - n, 0), min(n, k) - 1)) for k, n in zip(taps, (height, width)))
     x, bias = randn(batch, 2, height, width, dtype=dtype, seed=1), randn(2, dtype=dtype, seed=2)
     weight = randn(2, 1, *taps, dtype=dtype, seed=3)
-    args = [a.requires_grad_() for a in (x, weight, bias)]
+    args = [a.requires_grad_() for a in (x.to(memory_format=memory_format), weight, bias)]
     y = toeplitz.correlate(*args, left, True)
+    assert y.is_contiguous(memory_format=memory_format)
     upstream = randn(*y.shape, dtype=dtype, seed=4)
     got = (y, *torch.autograd.grad(y, args, upstream))
 
@@ -70,7 +74,7 @@ def test_takes_depthwise_maps_and_leaves_the_rest(launches):
     weight = randn(3, 1, 5, 7).requires_grad_()
     with ops.use_backend('toeplitz'):
         ops.depthwise_conv2d(randn(2, 3, 6, 8), weight).sum().backward()
-        assert launches == ['_correlate', '_weight_grad']
+        assert launches == ['_launch_correlate', '_launch_weight_grad']
         ops.conv2d(randn(2, 3, 6, 8), randn(4, 3, 5, 7))
         ops.causal_conv1d(randn(2, 3, 6), randn(4, 3, 5))
         ops.depthwise_conv2d(randn(2, 3, 6, 8).double(), weight.double())
@@ -80,9 +84,45 @@ def test_takes_depthwise_maps_and_leaves_the_rest(launches):
         assert len(launches) == 3
 
 
-def test_is_never_chosen():
-    x = torch.empty(64, 96, 56, 56, device='meta')
-    assert ops.choose_backend(x, torch.empty(96, 1, 31, 31, device='meta'), (15, 15), True) != 'toeplitz'
+@pytest.mark.parametrize(
+    'shape, taps, dtype, channels_last, trained, expected',
+    [  # what was fastest on an H100 (benchmarks/README.md)
+        ((64, 96, 56, 56), 31, torch.bfloat16, False, False, 'toeplitz'),
+        ((64, 96, 56, 56), 31, torch.bfloat16, True, True, 'toeplitz'),
+        ((64, 96, 56, 56), 31, torch.float32, False, True, 'fft'),
+        ((64, 192, 28, 28), 29, torch.float32, False, False, 'toeplitz'),
+        ((64, 32, 112, 112), 51, torch.bfloat16, False, False, 'toeplitz'),
+        ((64, 32, 112, 112), 101, torch.float32, False, True, 'fft'),
+        ((64, 384, 14, 14), 27, torch.bfloat16, True, False, 'toeplitz'),
+        ((64, 96, 56, 56), 5, torch.bfloat16, True, True, 'direct'),
+        ((64, 96, 56, 56), 5, torch.bfloat16, False, True, 'toeplitz'),
+        ((64, 96, 56, 56), 3, torch.float32, True, False, 'direct'),
+        ((1, 96, 56, 56), 7, torch.float32, False, False, 'direct'),
+        ((64, 96, 56, 56), 31, torch.float64, False, False, 'fft'),  # the kernels take no float64
+    ],
+)
+def test_choice_on_a_gpu(shape, taps, dtype, channels_last, trained, expected):
+    x = torch.empty(shape, device='meta', dtype=dtype)
+    x = x.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format).requires_grad_(trained)
+    weight = torch.empty(shape[1], 1, taps, taps, device='meta', dtype=dtype)
+    assert ops.choose_backend(x, weight, (taps // 2, taps // 2), True, device='cuda') == expected
+    assert ops.choose_backend(x, weight, (taps // 2, taps // 2), True) != 'toeplitz'  # elsewhere never
+
+
+@pytest.mark.skipif(DEVICE == 'cpu', reason='needs a GPU')
+@pytest.mark.parametrize('name', ['smpconv_tiny', 'pelk_tiny'])
+def test_networks_on_a_gpu(name):
+    """Kernels that are chosen, products for 1 x 1 convolutions: the same numbers as on a CPU, deployed or not."""
+    torch.manual_seed(0)
+    model = randomize_norms(timm.create_model(name, num_classes=5, depths=(1, 1, 1, 1))).eval()
+    x = torch.randn(4, 3, 96, 64)
+    with torch.no_grad():
+        wanted = model.double()(x.double())
+        model = model.float().cuda()
+        for _ in range(2):
+            got = model(x.cuda())
+            assert (got.cpu() - wanted).abs().max() < 2e-3 * wanted.abs().max()  # torch multiplies in tf32
+            model.reparameterize()
 
 
 def test_second_derivatives():
@@ -99,9 +139,9 @@ def test_second_derivatives():
 
 
 def test_operators_keep_the_rules_of_torch():
-    x, weight, bias = (a.requires_grad_() for a in (randn(2, 2, 6, 7), randn(2, 1, 5, 3), randn(2)))
-    torch.library.opcheck(toeplitz._correlate, (x, weight, bias, [2, 1]))
-    torch.library.opcheck(toeplitz._weight_grad, (x.detach(), randn(2, 2, 6, 7), [5, 3], [2, 1]))
+    x, weight, bias = randn(2, 2, 6, 7), randn(2, 1, 5, 3), randn(2)
+    torch.library.opcheck(toeplitz._correlate_op, (x, weight, bias, [2, 1]))
+    torch.library.opcheck(toeplitz._weight_grad_op, (x, randn(2, 2, 6, 7), [5, 3], [2, 1]))
 
 
 @pytest.mark.skipif(
@@ -118,4 +158,4 @@ def test_compiles_for_gpus():
     for row in rows:
         kernel, capability, width, dtype, binary, tensor_cores = row.split()
         assert int(binary) > 1000, row
-        assert (tensor_cores == 'True') == (dtype != 'fp32'), row
+        assert (tensor_cores == 'True') == (kernel == '_correlate_kernel' or dtype != 'fp32'), row

@@ -3,6 +3,7 @@ from .conv import (
     CausalConv1d as CausalConv1d,
     LargeConv2d as LargeConv2d,
     PeripheralConv2d as PeripheralConv2d,
+    PointwiseConv2d as PointwiseConv2d,
     SMPConv1d as SMPConv1d,
     SMPConv2d as SMPConv2d,
 )

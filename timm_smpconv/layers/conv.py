@@ -3,17 +3,18 @@
 from typing import Optional, Sequence, Tuple, Union
 
 import torch
+import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import nn
 from torch.nn.utils import skip_init
 
 from .. import ops
-from ..ops.context import to_float64
+from ..ops.context import is_channels_last, is_exporting, to_float64
 from .cache import DropsCaches, KernelCache, ValueCache
 from .kernel import SMPKernel
 from .peripheral import PeripheralKernel
 
-__all__ = ['CausalConv1d', 'LargeConv2d', 'PeripheralConv2d', 'SMPConv1d', 'SMPConv2d']
+__all__ = ['CausalConv1d', 'LargeConv2d', 'PeripheralConv2d', 'PointwiseConv2d', 'SMPConv1d', 'SMPConv2d']
 
 _LONG = 64  # taps from which it pays to look for zeros
 
@@ -63,6 +64,33 @@ class LargeConv2d(DropsCaches, nn.Conv2d):
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
         convolve = ops.conv2d if self.groups == 1 else ops.depthwise_conv2d
         return convolve(x, self.weight, self.bias, self._kept.keep(self.weight))
+
+
+@register_notrace_module
+class PointwiseConv2d(nn.Conv2d):
+    """An nn.Conv2d of 1 x 1 with a bias that is a matrix product on a GPU in channels_last.
+
+    The product adds the bias by itself; torch's convolution on a GPU passes over the result once more for it.
+    """
+
+    def __init__(self, in_chs: int, out_chs: int, device=None, dtype=None):
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+        """
+        super().__init__(in_chs, out_chs, 1, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting():
+            return self._conv_forward(x, self.weight, self.bias)
+        return self._convolve(x)
+
+    @torch.jit.unused
+    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == 'cuda' and not is_exporting() and is_channels_last(x):
+            return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return self._conv_forward(x, self.weight, self.bias)
 
 
 @register_notrace_module

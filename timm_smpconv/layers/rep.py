@@ -12,7 +12,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ..ops.context import to_float64
 from .cache import DropsCaches, ValueCache
-from .conv import CausalConv1d, LargeConv2d, SMPConv1d, SMPConv2d
+from .conv import CausalConv1d, LargeConv2d, PointwiseConv2d, SMPConv1d, SMPConv2d
 from .kernel import SMPKernel
 from .plain import is_plain
 
@@ -97,17 +97,12 @@ class ConvNorm(ConvNormAct):
         _check_eval(self)
         old, norm = self.conv, self.bn
         weight, bias = fold_norm_into_previous(old.weight.data, None if old.bias is None else old.bias.data, norm)
-        self.conv = skip_init(
-            nn.Conv2d,
-            old.in_channels,
-            old.out_channels,
-            old.kernel_size,
-            stride=old.stride,
-            padding=old.padding,
-            groups=old.groups,
-            device=old.weight.device,
-            dtype=old.weight.dtype,
-        )
+        dd = dict(device=old.weight.device, dtype=old.weight.dtype)
+        settings = dict(stride=old.stride, padding=old.padding, groups=old.groups)
+        if old.kernel_size == (1, 1) and settings == dict(stride=(1, 1), padding=(0, 0), groups=1):
+            self.conv = skip_init(PointwiseConv2d, old.in_channels, old.out_channels, **dd)
+        else:
+            self.conv = skip_init(nn.Conv2d, old.in_channels, old.out_channels, old.kernel_size, **settings, **dd)
         self.conv.weight.data, self.conv.bias.data = weight.to(old.weight), bias.to(old.weight)
         self.bn = norm.act
         self.eval()

@@ -25,6 +25,11 @@ def correlate(
 ) -> torch.Tensor:
     """See `fft.correlate` for the arguments."""
     if x.ndim == 3:
+        # bfloat16 came out wrong, most of it zeros, on a CPU with AMX (torch 2.11, 2 channels, 64 taps)
+        if x.device.type == 'cpu' and x.dtype in (torch.float16, torch.bfloat16):
+            with full_precision(x):
+                bias = None if bias is None else bias.float()
+                return correlate(x.float(), weight.float(), bias, left, depthwise).to(x.dtype)
         return F.conv1d(F.pad(x, (left[0], weight.shape[2] - 1 - left[0])), weight, bias)
     if not depthwise or x.device.type != 'cpu':
         return F.conv2d(x, weight, bias, padding=left, groups=x.shape[1] if depthwise else 1)

@@ -78,23 +78,38 @@ _TRANSFORM_2D = 180.0  # ... of dense maps, whose spectra are reordered
 _REORDER = 160.0  # moving one entry between channels_last and the contiguous format of fft
 _ENTRY, _SPECTRUM = 50.0, 25.0  # moving one entry of a map or kernel, and one number of a spectrum, in dft
 _BACKWARD = {'direct': 2.5, 'fft': 1.4, 'dft': 0.9}  # relative to a forward pass
+# Depthwise 2D on a GPU, in the same unit, fitted on an H100 (benchmarks/README.md). torch's kernels for channels_last
+# have fast forms for few taps and slow ones for all others; batches share launches.
+_GPU_CHANNELS_LAST = {True: 0.5, False: 5.0}  # direct in channels_last, relative to contiguous: few taps, others
+_GPU_TRANSFORM = 27.0
+_GPU_PRODUCT = {2: 0.01, 4: 0.06}  # a multiply-add of toeplitz on tensor cores, by bytes of a number
+_GPU_ROW, _GPU_ENTRY, _GPU_BAND = 11.0, 5.0, 6.0  # a row of a tile and tap, an entry of a map, an entry of a band
+_GPU_LAUNCHES = {'direct': 0.0, 'fft': 2e8, 'toeplitz': 1e8}
+_GPU_BACKWARD = {'direct': 6.0, 'fft': 1.0, 'toeplitz': 2.4}
+_GPU_BACKWARD_FEW_TAPS = 3.3
 
 
-def choose_backend(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool) -> str:
+def choose_backend(
+    x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool, device: Optional[str] = None
+) -> str:
     """Name of the backend that takes a convolution: the one with the smallest estimate of multiply-adds.
 
     A direct convolution spends one per output channel, input channel of a filter, output and tap that falls on the map
     (of a dense one: and tap). In the frequency domain, all inputs, outputs and kernels are transformed (the kernels
     once for the batch), and each complex product of a frequency costs four. Training adds the backward pass, which
-    costs the frequency domain less. `dft` is for dense maps on a CPU. The toeplitz backend is never chosen: it waits
-    for measurements on a GPU.
+    costs the frequency domain less. `dft` is for dense maps on a CPU, `toeplitz` for depthwise ones on a GPU.
 
     Args:
         x: Input, (B, I, *spatial).
         weight: Kernel, (O, I, *taps), or (I, 1, *taps) if depthwise.
         left: Zeros to the left of the input, one number per spatial dimension.
         depthwise: One filter per channel.
+        device: Type of device to choose for; None for that of x.
     """
+    device = x.device.type if device is None else device
+    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if device == 'cuda' and depthwise and x.ndim == 4:
+        return _choose_on_gpu(x, weight, left, trained)
     batch, out_chs, in_chs = max(x.shape[0], 1), weight.shape[0], weight.shape[1]
     shape, taps = x.shape[2:], weight.shape[2:]
     maps = 2 * out_chs if depthwise else x.shape[1] + out_chs
@@ -114,15 +129,49 @@ def choose_backend(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
     }
     if is_channels_last(x):
         costs['fft'] += maps * x.shape[2] * x.shape[3] * _REORDER
-    if dense and x.device.type in ('cpu', 'meta'):
+    if dense and device in ('cpu', 'meta'):
         costs['dft'] = dft.count_bins(size) * 4 * out_chs * in_chs
         for count, sides in ((maps, shape), (kernels, taps)):
             each = dft.count_products(sides, size) + _ENTRY * math.prod(sides) + _SPECTRUM * 2 * dft.count_bins(size)
             costs['dft'] += count * each
-    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return _cheapest(costs, _BACKWARD if trained else {})
+
+
+def _choose_on_gpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], trained: bool) -> str:
+    """What `choose_backend` does for depthwise maps on a GPU, where batches are too large for a sample to count."""
+    (height, width), (taps_h, taps_w), size = x.shape[2:], weight.shape[2:], x.element_size()
+    maps = x.shape[0] * x.shape[1]
+    taps_on_map = _taps_on_map(height, taps_h, left[0])
+    backward = dict(_GPU_BACKWARD) if trained else {}
+    costs = {
+        'direct': float(maps * taps_on_map * _taps_on_map(width, taps_w, left[1])),
+        'fft': _GPU_LAUNCHES['fft'],
+    }
+    points = 1
+    for n, k, p in zip(x.shape[2:], weight.shape[2:], left):
+        points *= fft.fast_len(dft.cyclic_len(n, k, p))
+    costs['fft'] += points * _GPU_TRANSFORM * (2 * maps + weight.shape[0])
+    last = is_channels_last(x)
+    if last:
+        few = max(taps_h, taps_w) <= (7 if size == 2 else 5)
+        costs['direct'] *= _GPU_CHANNELS_LAST[few]
+        if trained and few:
+            backward['direct'] = _GPU_BACKWARD_FEW_TAPS
+    if 'toeplitz' in _BACKENDS and size in _GPU_PRODUCT and not is_transformed():
+        block = min(max(16, 1 << (width - 1).bit_length()), 64)
+        depth = block if width <= block else -(-(block - 1 + taps_w) // block) * block
+        rows = maps * taps_on_map * -(-width // block)
+        costs['toeplitz'] = _GPU_LAUNCHES['toeplitz'] + rows * (block * depth * _GPU_PRODUCT[size] + _GPU_ROW)
+        costs['toeplitz'] += _GPU_BAND * weight.shape[0] * taps_h * block * depth
+        costs['toeplitz'] += _GPU_ENTRY * (2 if last else 1) * maps * height * width
+    return _cheapest(costs, backward)
+
+
+def _cheapest(costs: Dict[str, float], backward: Dict[str, float]) -> str:
+    """Name of the smallest cost, each with that of its backward pass relative to it; direct if none is known."""
     best, least = 'direct', float('inf')
     for name, cost in costs.items():
-        cost *= 1 + _BACKWARD[name] if trained else 1
+        cost *= 1 + backward.get(name, 0.0)
         if cost < least:
             best, least = name, cost
     return best
@@ -218,9 +267,9 @@ def causal_conv1d(
 
 @register_notrace_function  # looks at shapes, which symbolic tracing cannot follow
 def to_fast_format(x: torch.Tensor) -> torch.Tensor:
-    """Feature map in the memory format in which networks of these convolutions are fast: channels_last on a CPU."""
+    """Feature map in the memory format in which networks of these convolutions are fast: channels_last."""
     if not torch.jit.is_scripting():
-        if x.ndim == 4 and x.device.type == 'cpu' and not is_exporting() and not is_transformed():
+        if x.ndim == 4 and x.device.type in ('cpu', 'cuda') and not is_exporting() and not is_transformed():
             return x.contiguous(memory_format=torch.channels_last)
     return x
 
