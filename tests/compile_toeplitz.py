@@ -1,7 +1,7 @@
 """Compiles the kernels of ops.toeplitz for GPUs, as they are launched, and prints a row for each.
 
-A row: kernel, compute capability, width of the map, dtype, bytes of machine code, whether tensor cores are used. No GPU
-is needed. TRITON_INTERPRET must not be set.
+A row: kernel, compute capability, width of the map, dtype, bytes of machine code and of shared memory, whether tensor
+cores are used. No GPU is needed. TRITON_INTERPRET must not be set.
 """
 
 import torch
@@ -33,10 +33,12 @@ def compile_kernel(kernel, constants, dtype, capability):
     return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
 
 
-for capability, width, dtype in ((80, 56, 'bf16'), (90, 56, 'bf16'), (90, 14, 'fp16'), (90, 100, 'fp32')):
+CASES = ((80, 56, 'bf16'), (86, 100, 'fp32'), (90, 56, 'bf16'), (90, 14, 'fp16'), (90, 100, 'fp32'), (120, 56, 'bf16'))
+for capability, width, dtype in CASES:
     for kernel, constants in (
         (toeplitz._correlate_kernel, dict(toeplitz._correlate_blocks(64, width, 31, 15, DTYPES[dtype]), HAS_BIAS=True)),
         (toeplitz._weight_grad_kernel, toeplitz._weight_grad_blocks(width, 15, DTYPES[dtype])),
     ):
-        asm = compile_kernel(kernel, constants, dtype, capability).asm
-        print(kernel.fn.__name__, capability, width, dtype, len(asm['cubin']), 'mma' in asm['ptx'], flush=True)
+        compiled = compile_kernel(kernel, constants, dtype, capability)
+        size, shared = len(compiled.asm['cubin']), compiled.metadata.shared
+        print(kernel.fn.__name__, capability, width, dtype, size, shared, 'mma' in compiled.asm['ptx'], flush=True)

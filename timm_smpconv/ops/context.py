@@ -5,7 +5,16 @@ from typing import Any, Callable, ContextManager, Hashable
 
 import torch
 
-__all__ = ['Keep', 'full_precision', 'is_channels_last', 'is_exporting', 'is_trained', 'is_transformed', 'to_float64']
+__all__ = [
+    'Keep',
+    'full_precision',
+    'has_tensor_cores',
+    'is_channels_last',
+    'is_exporting',
+    'is_trained',
+    'is_transformed',
+    'to_float64',
+]
 
 # keep(key, numbers, compute): the result of compute(), which depends on a kernel and a key alone and holds about so
 # many real numbers; from an earlier call if the kernel is as it was then
@@ -20,6 +29,12 @@ def full_precision(x: torch.Tensor) -> ContextManager[None]:
 def to_float64(x: torch.Tensor) -> torch.Tensor:
     """A tensor in float64, on the CPU if its device (mps) has no float64."""
     return (x.cpu() if x.device.type == 'mps' else x).double()
+
+
+@torch.compiler.assume_constant_result
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether a device is an NVIDIA GPU that multiplies bfloat16 and tf32: of compute capability 8.0 or later."""
+    return device.type == 'cuda' and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def is_exporting() -> bool:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 
 from . import dft, direct, fft, reference
-from .context import Keep, is_channels_last, is_exporting, is_transformed
+from .context import Keep, has_tensor_cores, is_channels_last, is_exporting, is_transformed
 
 __all__ = [
     'available_backends',
@@ -157,7 +157,8 @@ def _choose_on_gpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
         costs['direct'] *= _GPU_CHANNELS_LAST[few]
         if trained and few:
             backward['direct'] = _GPU_BACKWARD_FEW_TAPS
-    if 'toeplitz' in _BACKENDS and size in _GPU_PRODUCT and not is_transformed():
+    known = x.device.type != 'cuda' or has_tensor_cores(x.device)  # a GPU that is only asked about has what it takes
+    if 'toeplitz' in _BACKENDS and size in _GPU_PRODUCT and known and not is_transformed():
         block = min(max(16, 1 << (width - 1).bit_length()), 64)
         depth = block if width <= block else -(-(block - 1 + taps_w) // block) * block
         rows = maps * taps_on_map * -(-width // block)

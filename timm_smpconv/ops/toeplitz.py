@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from . import direct
-from .context import Keep, is_channels_last, is_transformed
+from .context import Keep, has_tensor_cores, is_channels_last, is_transformed
 
 __all__ = ['applies', 'correlate']
 
@@ -66,9 +66,8 @@ def _correlate_kernel(
     tap_begin = tl.maximum(left_h - first_row - (BLOCK_H - 1), 0)
     tap_end = tl.minimum(left_h - first_row + height, taps_h)
     total = tl.zeros((BLOCK_B * BLOCK_H, BLOCK_W), dtype=tl.float32)
-    parts: tl.constexpr = (
-        DEPTH // BLOCK_K
-    )  # one loop over taps and parts of a band, so that loads run ahead of products
+    # one loop over taps and parts of a band, so that loads run ahead of products
+    parts: tl.constexpr = DEPTH // BLOCK_K
     for step in range(tap_begin * parts, tap_end * parts):
         tap = step // parts
         source = row + tap - left_h
@@ -224,7 +223,7 @@ def _weight_grad_blocks(width: int, left_w: int, dtype: torch.dtype) -> Dict[str
 def _lead(width: int, left_w: int) -> int:
     """Columns of the input left of a tile's own that its band begins with, a multiple of 16 for wide loads.
 
-    None where all columns are in one tile.
+    0 if one tile has all columns.
     """
     return 0 if width <= _block(width) else triton.cdiv(left_w, 16) * 16
 
@@ -246,12 +245,13 @@ def _block(width: int) -> int:
 
 
 def applies(x: torch.Tensor, depthwise: bool) -> bool:
-    """Whether these kernels can take a convolution of x: depthwise, 2D, not float64, on a GPU or interpreted.
+    """Whether these kernels can take a convolution of x: depthwise, 2D, not float64, on tensor cores or interpreted.
 
     The transforms of torch.func would not see through them.
     """
-    on_device = x.device.type == 'cuda' or (_INTERPRETED and x.device.type == 'cpu')
-    return depthwise and x.ndim == 4 and x.dtype in _DTYPES and on_device and not is_transformed()
+    if not depthwise or x.ndim != 4 or x.dtype not in _DTYPES or is_transformed():
+        return False
+    return (_INTERPRETED and x.device.type == 'cpu') or has_tensor_cores(x.device)
 
 
 def correlate(
