@@ -81,11 +81,11 @@ _BACKWARD = {'direct': 2.5, 'fft': 1.4, 'dft': 0.9}  # relative to a forward pas
 # Depthwise 2D on a GPU, in the same unit, fitted on an H100 (benchmarks/README.md). torch's kernels for channels_last
 # have fast forms for few taps and slow ones for all others; batches share launches.
 _GPU_CHANNELS_LAST = {True: 0.5, False: 5.0}  # direct in channels_last, relative to contiguous: few taps, others
-_GPU_TRANSFORM = 27.0
-_GPU_PRODUCT = {2: 0.01, 4: 0.06}  # a multiply-add of toeplitz on tensor cores, by bytes of a number
+_GPU_TRANSFORM = 42.0
+_GPU_PRODUCT = {2: 0.012, 4: 0.07}  # a multiply-add of toeplitz on tensor cores, by bytes of a number
 _GPU_ROW, _GPU_ENTRY, _GPU_BAND = 11.0, 5.0, 6.0  # a row of a tile and tap, an entry of a map, an entry of a band
 _GPU_LAUNCHES = {'direct': 0.0, 'fft': 2e8, 'toeplitz': 1e8}
-_GPU_BACKWARD = {'direct': 6.0, 'fft': 1.0, 'toeplitz': 2.4}
+_GPU_BACKWARD = {'direct': 6.0, 'fft': 1.2, 'toeplitz': 2.2}
 _GPU_BACKWARD_FEW_TAPS = 3.3
 
 
