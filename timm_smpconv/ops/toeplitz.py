@@ -154,7 +154,7 @@ def _weight_grad_kernel(
             total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
     k = i[:, None] - j[None, :] + left_w
     tl.store(
-        out + ((channel * taps_h + tap)[:, None] * BLOCK_J + j[None, :]) * taps_w + k,
+        out + ((channel.to(tl.int64) * taps_h + tap)[:, None] * BLOCK_J + j[None, :]) * taps_w + k,
         total,
         mask=(tap < taps_h)[:, None] & (k >= 0) & (k < taps_w),
     )
