@@ -419,9 +419,12 @@ def main() -> None:
         parser.error('--device cuda needs a CUDA GPU, and torch sees none')
     cases = gpu_cases() if args.device == 'cuda' else cpu_cases()
     cases = [c for c in cases if any(c.name.startswith(prefix) for prefix in args.cases)]
+    skipped = set(args.skip) & {path for case in cases for path in case.paths} - {'plain'}
     for case in cases:
-        for path in set(args.skip) & set(case.paths) - {'plain'}:
+        for path in skipped & set(case.paths):
             del case.paths[path]
+    if args.skip and not set(args.skip) <= skipped:
+        parser.error(f'no such path in these cases: {", ".join(sorted(set(args.skip) - skipped))}')
     if not cases:
         parser.error(f'no case begins with {" or ".join(args.cases)}')
     if args.memory_of:

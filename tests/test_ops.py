@@ -8,7 +8,7 @@ from synth import relative_error
 from torch import nn
 
 from timm_smpconv import ops
-from timm_smpconv.ops import fft, reference
+from timm_smpconv.ops import direct, fft, reference
 
 BACKENDS = ops.available_backends()
 OTHERS = [backend for backend in BACKENDS if backend != 'reference']
@@ -95,6 +95,18 @@ def test_backends_agree(backend, dtype, op, batch, in_chs, out_chs, spatial, tap
     assert got[0].dtype == dtype
     assert close(got[0], wanted[0], FORWARD[dtype])
     assert all(close(a, b, BACKWARD[dtype]) for a, b in zip(got[1:], wanted[1:]))
+
+
+def test_sequences_in_bfloat16_with_amx(monkeypatch):
+    """Computed in float32 where torch's own convolution is not to be trusted."""
+    seen, conv1d = [], F.conv1d
+    monkeypatch.setattr(F, 'conv1d', lambda x, *args: seen.append(x.dtype) or conv1d(x, *args))
+    case = make_case('causal', 2, 2, 3, (50,), (9,), torch.bfloat16)
+    for amx, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        monkeypatch.setattr(direct, '_AMX', amx)
+        with ops.use_backend('direct'):
+            got = with_gradients(OPS['causal'], case)
+        assert got[0].dtype == torch.bfloat16 and seen.pop() == dtype
 
 
 @pytest.mark.parametrize('backend', OTHERS)

@@ -13,6 +13,8 @@ _MANY_TAPS = 100  # from which depthwise convolutions in half precision are fast
 # with AVX-512, torch takes two to three times as long for depthwise kernels of 11 or 13 columns as for 15
 _SLOW_WIDTHS, _FAST_WIDTH = (11, 13), 15
 _AVX512 = torch.backends.cpu.get_cpu_capability() == 'AVX512'
+# with AMX, a convolution of sequences in bfloat16 came out wrong, most of it zeros (torch 2.11; 2 channels, 64 taps)
+_AMX = getattr(torch.cpu, '_is_amx_tile_supported', lambda: True)()
 
 
 def correlate(
@@ -25,8 +27,7 @@ def correlate(
 ) -> torch.Tensor:
     """See `fft.correlate` for the arguments."""
     if x.ndim == 3:
-        # bfloat16 came out wrong, most of it zeros, on a CPU with AMX (torch 2.11, 2 channels, 64 taps)
-        if x.device.type == 'cpu' and x.dtype in (torch.float16, torch.bfloat16):
+        if _AMX and x.device.type == 'cpu' and x.dtype == torch.bfloat16:
             with full_precision(x):
                 bias = None if bias is None else bias.float()
                 return correlate(x.float(), weight.float(), bias, left, depthwise).to(x.dtype)

@@ -80,7 +80,7 @@ _ENTRY, _SPECTRUM = 50.0, 25.0  # moving one entry of a map or kernel, and one n
 _BACKWARD = {'direct': 2.5, 'fft': 1.4, 'dft': 0.9}  # relative to a forward pass
 # Depthwise 2D on a GPU, in the same unit, fitted on an H100 (benchmarks/README.md). torch's kernels for channels_last
 # have fast forms for few taps and slow ones for all others; batches share launches.
-_GPU_CHANNELS_LAST = {True: 0.5, False: 5.0}  # direct in channels_last, relative to contiguous: few taps, others
+_GPU_LAST_FEW_TAPS, _GPU_LAST = 0.5, 5.0  # direct in channels_last, relative to contiguous
 _GPU_TRANSFORM = 42.0
 _GPU_PRODUCT = {2: 0.012, 4: 0.07}  # a multiply-add of toeplitz on tensor cores, by bytes of a number
 _GPU_ROW, _GPU_ENTRY, _GPU_BAND = 11.0, 5.0, 6.0  # a row of a tile and tap, an entry of a map, an entry of a band
@@ -138,7 +138,7 @@ def choose_backend(
 
 
 def _choose_on_gpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], trained: bool) -> str:
-    """What `choose_backend` does for depthwise maps on a GPU, where batches are too large for a sample to count."""
+    """What `choose_backend` does for depthwise maps on a GPU, where the whole batch counts: it shares the launches."""
     (height, width), (taps_h, taps_w), size = x.shape[2:], weight.shape[2:], x.element_size()
     maps = x.shape[0] * x.shape[1]
     taps_on_map = _taps_on_map(height, taps_h, left[0])
@@ -154,11 +154,12 @@ def _choose_on_gpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
     last = is_channels_last(x)
     if last:
         few = max(taps_h, taps_w) <= (7 if size == 2 else 5)
-        costs['direct'] *= _GPU_CHANNELS_LAST[few]
+        costs['direct'] *= _GPU_LAST_FEW_TAPS if few else _GPU_LAST
         if trained and few:
             backward['direct'] = _GPU_BACKWARD_FEW_TAPS
-    known = x.device.type != 'cuda' or has_tensor_cores(x.device)  # a GPU that is only asked about has what it takes
-    if 'toeplitz' in _BACKENDS and size in _GPU_PRODUCT and known and not is_transformed():
+    able = x.device.type != 'cuda' or has_tensor_cores(x.device)  # a GPU that is only asked about has what it takes
+    if 'toeplitz' in _BACKENDS and size in _GPU_PRODUCT and able and not is_transformed():
+        # the tiles of ops.toeplitz, which cannot be asked without Triton
         block = min(max(16, 1 << (width - 1).bit_length()), 64)
         depth = block if width <= block else -(-(block - 1 + taps_w) // block) * block
         rows = maps * taps_on_map * -(-width // block)
