@@ -139,6 +139,24 @@ def test_two_branches_1d():
     assert relative_error(block(x), wanted) < 1e-10
 
 
+def test_norms_of_sequences_as_maps():
+    """The same results, statistics and gradients in the way that is faster on a GPU."""
+    block = randomize_norms(RepSMPConv1d(3, 4, 60, radius=0.1)).double().train()
+    other = copy.deepcopy(block)
+    x = torch.randn(2, 3, 80, dtype=torch.float64)
+    upstream = torch.randn(2, 4, 80, dtype=torch.float64)
+    wanted = block(x)
+    y = other._norm_as_map(other.large(x), other.small(x))
+    assert not block._is_faster_as_map(wanted)  # on a CPU
+    assert y.stride()[1:] == (1, 4) and relative_error(y, wanted) < 1e-10
+    wanted.backward(upstream)
+    y.backward(upstream)
+    for (name, a), b in zip(block.named_parameters(), other.parameters()):
+        assert relative_error(b.grad, a.grad) < 1e-9, name
+    for (name, a), b in zip(block.named_buffers(), other.buffers()):
+        assert torch.allclose(b, a), name
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     'layer, shape',

@@ -13,6 +13,7 @@ __all__ = [
     'is_exporting',
     'is_trained',
     'is_transformed',
+    'to_channels_last',
     'to_float64',
 ]
 
@@ -54,7 +55,18 @@ def is_trained(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether x, (B, C, H, W), is in the channels_last memory format and in no other; no under torch.func."""
-    if x.ndim != 4 or is_transformed():  # vmap has no memory formats
+    """Whether x, (B, C, H, W), is in the channels_last memory format and in no other; no under torch.func.
+
+    A sequence, (B, C, L), is if it is as a map of one row.
+    """
+    if x.ndim not in (3, 4) or is_transformed():  # vmap has no memory formats
         return False
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    last = (x if x.ndim == 4 else x.unsqueeze(2)).is_contiguous(memory_format=torch.channels_last)
+    return last and not x.is_contiguous()
+
+
+def to_channels_last(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, C, H, W) or, as a map of one row, (B, C, L) in the channels_last memory format and a dtype."""
+    if x.ndim == 3:
+        return to_channels_last(x.unsqueeze(2), dtype).squeeze(2)
+    return x.to(dtype=dtype, memory_format=torch.channels_last)

@@ -5,13 +5,14 @@ matrix products, takes any length, skips entries that are zero or not wanted, sh
 in the order in which it is used. Spectra are planar: real parts, then imaginary parts.
 """
 
+import functools
 import math
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 
 from . import direct, fft
-from .context import Keep, full_precision, is_channels_last, is_transformed
+from .context import Keep, full_precision, is_channels_last, is_transformed, to_channels_last
 
 __all__ = ['correlate', 'count_bins', 'count_products', 'cyclic_len']
 
@@ -37,8 +38,7 @@ def correlate(
         if bias is not None:
             y = y + bias.to(compute)
     y = y.permute(-2, -1, *range(y.ndim - 2))  # B, O, *spatial
-    last = is_channels_last(x)
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return to_channels_last(y, x.dtype) if is_channels_last(x) else y.to(x.dtype).contiguous()
 
 
 def cyclic_len(n: int, taps: int, left: int) -> int:
@@ -62,55 +62,71 @@ def _correlate(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], kee
     size = [cyclic_len(n, k, p) for n, k, p in zip(shape, taps, left)]
     dims = list(range(2, x.ndim))
 
-    def of_kernel() -> Tuple[torch.Tensor, _Matrices, _Matrices]:
+    def of_kernel() -> torch.Tensor:
         # filters before channels: the gradient comes back in an order that the product which rendered the kernel takes
-        w_f = _transform(weight.permute(*dims, 0, 1), _forward_matrices(taps, size, weight))
-        return w_f, _forward_matrices(shape, size, weight), _inverse_matrices(shape, size, left, weight)
+        return _transform(weight.permute(*dims, 0, 1), _matrices(_forward_matrices, weight, taps, size))
 
-    if keep is None:
-        w_f, forward, inverse = of_kernel()
-    else:
-        key, numbers = ('dft', weight.shape, weight.dtype, *shape), 2 * count_bins(size) * weight.shape[:2].numel()
-        w_f, forward, inverse = keep(key, numbers, of_kernel)
+    key, numbers = ('dft', weight.shape, weight.dtype, *shape), 2 * count_bins(size) * weight.shape[:2].numel()
+    w_f = of_kernel() if keep is None else keep(key, numbers, of_kernel)
+    forward = _matrices(_forward_matrices, weight, shape, size)
+    inverse = _matrices(_inverse_matrices, weight, shape, size, left)
     product = _product if is_transformed() else _Product.apply
     y_f = product(_transform(x.permute(*dims, 0, 1), forward), w_f, 1, -1)
     return _inverse(y_f, inverse, shape).unflatten(-1, (x.shape[0], weight.shape[0]))
 
 
-def _steps(like: torch.Tensor, n: int) -> torch.Tensor:
-    return torch.arange(n, device=like.device)
+_Like = Tuple[torch.dtype, torch.device]
 
 
-def _wave(
-    rows: torch.Tensor, columns: torch.Tensor, size: int, like: torch.Tensor
-) -> Tuple[torch.Tensor, torch.Tensor]:
+def _matrices(make: Callable[..., _Matrices], like: torch.Tensor, *sizes: Sequence[int]) -> _Matrices:
+    """What a function makes of sizes, in the dtype and on the device of a tensor; constants, made once if they can be.
+
+    On a GPU their making would take longer than their use: it is some hundred launches.
+    """
+    arguments = (*(tuple(size) for size in sizes), (like.dtype, like.device))
+    if torch.compiler.is_compiling() or is_transformed() or type(like.detach()) is not torch.Tensor:
+        return make(*arguments)
+    if like.device.type == 'cuda' and torch.cuda.is_current_stream_capturing():  # values that only a replay computes
+        return make(*arguments)
+    return _made_once(make, *arguments)
+
+
+@functools.lru_cache(maxsize=64)
+def _made_once(make: Callable[..., _Matrices], *arguments: Any) -> _Matrices:
+    with torch.inference_mode(False):  # they serve training too
+        return make(*arguments)
+
+
+def _wave(rows: torch.Tensor, columns: torch.Tensor, size: int, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of 2 pi row column / size."""
     phase = torch.outer(rows, columns).remainder(size).double() * (2 * math.pi / size)
-    return phase.cos().to(like), phase.sin().to(like)
+    return phase.cos().to(dtype), phase.sin().to(dtype)
 
 
-def _forward_matrices(shape: Sequence[int], size: Sequence[int], like: torch.Tensor) -> _Matrices:
+def _forward_matrices(shape: Sequence[int], size: Sequence[int], like: _Like) -> _Matrices:
     """Of the transform of signals of a shape to spectra of cyclic lengths: along the last dimension, then the first."""
+    dtype, device = like
+    steps = functools.partial(torch.arange, device=device)
     # real to complex: rows of cosines, then rows of sines
-    cos, sin = _wave(_steps(like, size[-1] // 2 + 1), _steps(like, shape[-1]), size[-1], like)
+    cos, sin = _wave(steps(size[-1] // 2 + 1), steps(shape[-1]), size[-1], dtype)
     matrices = [torch.cat([cos, -sin])]
     if len(size) == 2:  # complex to complex: an entry is a row of real and a row of imaginary parts
-        cos, sin = _wave(_steps(like, size[0]), _steps(like, shape[0]), size[0], like)
+        cos, sin = _wave(steps(size[0]), steps(shape[0]), size[0], dtype)
         matrices.append(torch.cat([torch.stack([cos, sin], 2).flatten(1), torch.stack([-sin, cos], 2).flatten(1)]))
     return matrices
 
 
-def _inverse_matrices(
-    shape: Sequence[int], size: Sequence[int], left: Tuple[int, ...], like: torch.Tensor
-) -> _Matrices:
+def _inverse_matrices(shape: Sequence[int], size: Sequence[int], left: Tuple[int, ...], like: _Like) -> _Matrices:
     """Of the transform back, to the entries -left ... -left + shape - 1: along the last dimension, then the first."""
-    bins = _steps(like, size[-1] // 2 + 1)
-    cos, sin = _wave(_steps(like, shape[-1]) - left[-1], bins, size[-1], like)
+    dtype, device = like
+    steps = functools.partial(torch.arange, device=device)
+    bins = steps(size[-1] // 2 + 1)
+    cos, sin = _wave(steps(shape[-1]) - left[-1], bins, size[-1], dtype)
     # a bin stands for its mirror image too, which the first and (of an even length) the last do not have
-    share = torch.where((bins == 0) | (2 * bins == size[-1]), 1.0, 2.0).to(like) / size[-1]
+    share = torch.where((bins == 0) | (2 * bins == size[-1]), 1.0, 2.0).to(dtype) / size[-1]
     matrices = [torch.cat([cos * share, -sin * share], 1)]
     if len(size) == 2:
-        cos, sin = _wave(_steps(like, shape[0]) - left[0], _steps(like, size[0]), size[0], like)
+        cos, sin = _wave(steps(shape[0]) - left[0], steps(size[0]), size[0], dtype)
         matrices.append(torch.stack([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)], 1).flatten(0, 1) / size[0])
     return matrices
 

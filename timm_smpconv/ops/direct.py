@@ -5,7 +5,7 @@ from typing import Optional, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 
-from .context import Keep, full_precision, is_trained, is_transformed
+from .context import Keep, full_precision, is_channels_last, is_trained, is_transformed
 
 __all__ = ['correlate']
 
@@ -31,7 +31,10 @@ def correlate(
             with full_precision(x):
                 bias = None if bias is None else bias.float()
                 return correlate(x.float(), weight.float(), bias, left, depthwise).to(x.dtype)
-        return F.conv1d(F.pad(x, (left[0], weight.shape[2] - 1 - left[0])), weight, bias)
+        padding = (left[0], weight.shape[2] - 1 - left[0])
+        if is_channels_last(x):  # a format of maps
+            return F.conv2d(F.pad(x.unsqueeze(2), padding), weight.unsqueeze(2), bias).squeeze(2)
+        return F.conv1d(F.pad(x, padding), weight, bias)
     if not depthwise or x.device.type != 'cpu':
         return F.conv2d(x, weight, bias, padding=left, groups=x.shape[1] if depthwise else 1)
     if is_trained(x, weight):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from . import direct
-from .context import Keep, is_channels_last, is_trained
+from .context import Keep, is_channels_last, is_trained, to_channels_last
 
 __all__ = ['correlate', 'count_parts', 'fast_len']
 
@@ -43,10 +43,8 @@ def correlate(
     y = _correlate_in_parts(x.to(compute), weight.to(compute), left, depthwise, keep)
     if bias is not None:
         y = y + bias.to(compute).reshape(1, -1, *[1] * (y.ndim - 2))
-    y = y.to(x.dtype)
-    if is_channels_last(x):
-        y = y.contiguous(memory_format=torch.channels_last)  # as the layers around it expect
-    return y
+    # in the format that the layers around it expect
+    return to_channels_last(y, x.dtype) if is_channels_last(x) else y.to(x.dtype)
 
 
 def fast_len(n: int) -> int:

@@ -87,6 +87,16 @@ _GPU_ROW, _GPU_ENTRY, _GPU_BAND = 11.0, 5.0, 6.0  # a row of a tile and tap, an 
 _GPU_LAUNCHES = {'direct': 0.0, 'fft': 2e8, 'toeplitz': 1e8}
 _GPU_BACKWARD = {'direct': 6.0, 'fft': 1.2, 'toeplitz': 2.2}
 _GPU_BACKWARD_FEW_TAPS = 3.3
+# Dense convolutions on a GPU, in the same unit. Small ones take the time of their launches: of a forward pass, and of
+# both passes. Tensor cores want channels in whole blocks.
+_GPU_DENSE = {2: 0.011, 4: 0.022}  # a multiply-add of direct, by bytes of a number, with channels filled up to
+_GPU_BLOCK_IN, _GPU_BLOCK_OUT = 32, 64
+_GPU_DENSE_STEP = {2: 8e5, 4: 1.8e6}  # a tap and block of input channels of direct, which follow one another
+_GPU_DENSE_SEQUENCE = 2.5  # direct for sequences, relative to maps
+_GPU_DENSE_TRANSFORM, _GPU_DENSE_TRANSFORM_2D = 38.0, 58.0  # one point of one real transform, in fft
+_GPU_DENSE_PRODUCT, _GPU_DENSE_ENTRY, _GPU_DENSE_SPECTRUM = 0.12, 30.0, 10.0  # in dft: see _ENTRY
+_GPU_DENSE_LAUNCHES = {'direct': (2e8, 8e8), 'fft': (7e8, 2.4e9), 'dft': (1e9, 3e9)}
+_GPU_DENSE_BACKWARD = {'direct': 2.8, 'fft': 1.05, 'dft': 1.05}
 
 
 def choose_backend(
@@ -97,7 +107,7 @@ def choose_backend(
     A direct convolution spends one per output channel, input channel of a filter, output and tap that falls on the map
     (of a dense one: and tap). In the frequency domain, all inputs, outputs and kernels are transformed (the kernels
     once for the batch), and each complex product of a frequency costs four. Training adds the backward pass, which
-    costs the frequency domain less. `dft` is for dense maps on a CPU, `toeplitz` for depthwise ones on a GPU.
+    costs the frequency domain less. `dft` is for dense maps, `toeplitz` for depthwise ones on a GPU.
 
     Args:
         x: Input, (B, I, *spatial).
@@ -108,8 +118,8 @@ def choose_backend(
     """
     device = x.device.type if device is None else device
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if device == 'cuda' and depthwise and x.ndim == 4:
-        return _choose_on_gpu(x, weight, left, trained)
+    if device == 'cuda':
+        return (_choose_on_gpu if depthwise else _choose_dense_on_gpu)(x, weight, left, trained)
     batch, out_chs, in_chs = max(x.shape[0], 1), weight.shape[0], weight.shape[1]
     shape, taps = x.shape[2:], weight.shape[2:]
     maps = 2 * out_chs if depthwise else x.shape[1] + out_chs
@@ -127,7 +137,7 @@ def choose_backend(
         'direct': direct * (_DENSE if dense else 1),
         'fft': points * ((_TRANSFORM_2D if dense else _TRANSFORM) * (maps + kernels) + products),
     }
-    if is_channels_last(x):
+    if x.ndim == 4 and is_channels_last(x):
         costs['fft'] += maps * x.shape[2] * x.shape[3] * _REORDER
     if dense and device in ('cpu', 'meta'):
         costs['dft'] = dft.count_bins(size) * 4 * out_chs * in_chs
@@ -167,6 +177,34 @@ def _choose_on_gpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
         costs['toeplitz'] += _GPU_BAND * weight.shape[0] * taps_h * block * depth
         costs['toeplitz'] += _GPU_ENTRY * (2 if last else 1) * maps * height * width
     return _cheapest(costs, backward)
+
+
+def _choose_dense_on_gpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], trained: bool) -> str:
+    """What `choose_backend` does for dense convolutions on a GPU, most of which take the time of their launches."""
+    batch, (out_chs, in_chs), shape, taps = x.shape[0], weight.shape[:2], x.shape[2:], weight.shape[2:]
+    size = [dft.cyclic_len(n, k, p) for n, k, p in zip(shape, taps, left)]
+    maps, kernels = batch * (in_chs + out_chs), out_chs * in_chs
+    number = 2 if x.element_size() == 2 else 4
+    multiply_add = _GPU_DENSE[number] * (1.0 if x.ndim == 4 else _GPU_DENSE_SEQUENCE)
+    steps = math.prod(taps) * -(-in_chs // _GPU_BLOCK_IN)
+    out_blocks = -(-out_chs // _GPU_BLOCK_OUT)
+    points = math.prod(fft.fast_len(n) for n in size)
+    transform = _GPU_DENSE_TRANSFORM_2D if x.ndim == 4 else _GPU_DENSE_TRANSFORM
+    costs = {
+        'direct': steps * batch * math.prod(shape) * out_blocks * _GPU_BLOCK_IN * _GPU_BLOCK_OUT * multiply_add,
+        'fft': points * transform * (maps + kernels),
+    }
+    if x.ndim == 4:
+        costs['dft'] = dft.count_bins(size) * 4 * out_chs * in_chs * batch * _GPU_DENSE_PRODUCT
+        for count, sides in ((maps, shape), (kernels, taps)):
+            entries = _GPU_DENSE_ENTRY * math.prod(sides) + _GPU_DENSE_SPECTRUM * 2 * dft.count_bins(size)
+            costs['dft'] += count * (dft.count_products(sides, size) * _GPU_DENSE_PRODUCT + entries)
+    for name, cost in costs.items():
+        # the launches of a pass run ahead of the GPU: it takes the longer of the two
+        factor = 1 + _GPU_DENSE_BACKWARD[name] if trained else 1
+        least = steps * _GPU_DENSE_STEP[number] if name == 'direct' else 0.0
+        costs[name] = max(cost * factor, least, _GPU_DENSE_LAUNCHES[name][trained])
+    return _cheapest(costs, {})
 
 
 def _cheapest(costs: Dict[str, float], backward: Dict[str, float]) -> str:
