@@ -97,7 +97,9 @@ def _made_once(make: Callable[..., _Matrices], *arguments: Any) -> _Matrices:
         return make(*arguments)
 
 
-def _wave(rows: torch.Tensor, columns: torch.Tensor, size: int, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
+def _wave(
+    rows: torch.Tensor, columns: torch.Tensor, size: int, dtype: torch.dtype
+) -> Tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of 2 pi row column / size."""
     phase = torch.outer(rows, columns).remainder(size).double() * (2 * math.pi / size)
     return phase.cos().to(dtype), phase.sin().to(dtype)
@@ -151,9 +153,9 @@ def _inverse(y_f: torch.Tensor, matrices: _Matrices, shape: Sequence[int]) -> to
 
 def _product(a: torch.Tensor, b: torch.Tensor, sign_a: int, sign_b: int) -> torch.Tensor:
     """Matrix products a b^T of planar complex (2, bins, *, *); a sign of -1 stands for the conjugate of its factor."""
-    b = b.mT
-    real = torch.baddbmm(torch.bmm(a[0], b[0]), a[1], b[1], alpha=-sign_a * sign_b)
-    imag = torch.baddbmm(torch.bmm(a[0], b[1]), a[1], b[0], beta=sign_b, alpha=sign_a)
+    (a_re, a_im), (b_re, b_im) = a.unbind(), b.mT.unbind()
+    real = torch.baddbmm(torch.bmm(a_re, b_re), a_im, b_im, alpha=-sign_a * sign_b)
+    imag = torch.baddbmm(torch.bmm(a_re, b_im), a_im, b_re, beta=sign_b, alpha=sign_a)
     return torch.stack([real, imag])
 
 
@@ -164,12 +166,12 @@ class _Product(torch.autograd.Function):
     def forward(ctx, a: torch.Tensor, b: torch.Tensor, sign_a: int, sign_b: int) -> torch.Tensor:
         ctx.save_for_backward(a, b)
         ctx.signs = sign_a, sign_b
-        b = b.mT
-        y = a.new_empty(2, a.shape[1], a.shape[2], b.shape[3])
-        torch.bmm(a[0], b[0], out=y[0])
-        torch.bmm(a[0], b[1], out=y[1])
-        y[0].baddbmm_(a[1], b[1], alpha=-sign_a * sign_b)
-        y[1].baddbmm_(a[1], b[0], beta=sign_b, alpha=sign_a)
+        y = a.new_empty(2, a.shape[1], a.shape[2], b.shape[2])
+        (a_re, a_im), (b_re, b_im), (real, imag) = a.unbind(), b.mT.unbind(), y.unbind()
+        torch.bmm(a_re, b_re, out=real)
+        torch.bmm(a_re, b_im, out=imag)
+        real.baddbmm_(a_im, b_im, alpha=-sign_a * sign_b)
+        imag.baddbmm_(a_im, b_re, beta=sign_b, alpha=sign_a)
         return y
 
     @staticmethod
