@@ -286,12 +286,14 @@ def gpu_op_case(channels: int, size: int, kernel: int, batch: int, dtype: torch.
     return Case(f'gpu-op-{kind}-{channels}x{size}x{size}-k{kernel}-b{batch}-{name}', paths, goal)
 
 
-def gpu_model_case(name: str, batch: int, train: bool) -> Case:
-    """A network in bfloat16 on a GPU, deployed or in training with autocast, against convnext_tiny."""
+def gpu_model_case(name: str, batch: int, train: bool, peer: Optional[str] = None) -> Case:
+    """A network in bfloat16 on a GPU, deployed or in training with autocast."""
 
     def build(model_name: str, fmt: torch.memory_format, plain: bool = False) -> Run:
-        x = torch.randn(batch, *timm.get_pretrained_cfg(model_name).input_size, device='cuda').to(memory_format=fmt)
-        model = timm.create_model(model_name).to('cuda', memory_format=fmt)
+        x = torch.randn(batch, *timm.get_pretrained_cfg(model_name).input_size, device='cuda')
+        model = timm.create_model(model_name).to('cuda')
+        if x.ndim == 4:
+            x, model = x.to(memory_format=fmt), model.to(memory_format=fmt)
         if not train:
             settle(model, x)
             if model_name == name and not plain:
@@ -306,10 +308,11 @@ def gpu_model_case(name: str, batch: int, train: bool) -> Case:
         'plain': lambda: build(name, nchw, plain=True),
         'chosen': lambda: build(name, nchw),
         'chosen channels_last': lambda: build(name, last),
-        'convnext_tiny': lambda: build('convnext_tiny', nchw),
-        'convnext_tiny channels_last': lambda: build('convnext_tiny', last),
     }
-    goal = '' if train else 'images/s of 0.8 convnext_tiny'
+    if peer:
+        paths[peer] = lambda: build(peer, nchw)
+        paths[f'{peer} channels_last'] = lambda: build(peer, last)
+    goal = f'images/s of 0.8 {peer}' if peer and not train else ''
     return Case(f'gpu-{"train" if train else "deployed"}-{name}-b{batch}-bfloat16', paths, goal)
 
 
@@ -322,7 +325,15 @@ def gpu_cases() -> List[Case]:
     return [
         *(gpu_op_case(*shape, batch, *rest) for shape in shapes for batch in (64, 128) for rest in both),
         *(gpu_op_case(*shape, *rest) for shape in crossovers for rest in both),
-        *(gpu_model_case('smpconv_tiny', batch, train) for batch in (64, 128) for train in (False, True)),
+        *(
+            gpu_model_case('smpconv_tiny', batch, train, 'convnext_tiny')
+            for batch in (64, 128)
+            for train in (False, True)
+        ),
+        gpu_model_case('smpconv_cifar', 512, True),
+        gpu_model_case('smpconv_seq_mnist', 512, True),
+        gpu_model_case('smpconv_seq_cifar', 512, True),
+        gpu_model_case('smpconv_seq_speech_raw', 32, True),
     ]
 
 

@@ -378,6 +378,36 @@ def test_documented_rule(in_chs, out_chs, size, taps, infer, train, infer_one, t
                 assert ops.choose_backend(last, weight, left, True) == reordered
 
 
+# docs/backends.md: channels in, out, map or steps, taps, batch, dtype, then the choice for inference and training
+GPU_RULE = [
+    (36, 36, (32, 32), (33, 33), 512, torch.bfloat16, 'dft', 'dft'),
+    (36, 36, (32, 32), (33, 33), 64, torch.float32, 'dft', 'dft'),
+    (36, 36, (32, 32), (33, 33), 1, torch.float32, 'dft', 'dft'),
+    (3, 36, (32, 32), (33, 33), 64, torch.bfloat16, 'dft', 'dft'),
+    (36, 36, (32, 32), (3, 3), 512, torch.bfloat16, 'direct', 'direct'),
+    (36, 36, (32, 32), (9, 9), 512, torch.float32, 'dft', 'dft'),
+    (36, 36, (32, 32), (9, 9), 64, torch.float32, 'direct', 'direct'),
+    (64, 64, (56, 56), (31, 31), 512, torch.bfloat16, 'dft', 'dft'),
+    (64, 64, (56, 56), (7, 7), 512, torch.bfloat16, 'direct', 'direct'),
+    (128, 128, (28, 28), (13, 13), 64, torch.bfloat16, 'dft', 'dft'),
+    (30, 30, (784,), (784,), 64, torch.bfloat16, 'fft', 'fft'),
+    (30, 30, (16000,), (16000,), 8, torch.bfloat16, 'fft', 'fft'),
+    (30, 30, (161,), (161,), 64, torch.bfloat16, 'direct', 'direct'),
+    (30, 30, (16000,), (60,), 64, torch.float32, 'fft', 'fft'),
+    (30, 30, (16000,), (60,), 1, torch.float32, 'direct', 'direct'),
+    (30, 30, (784,), (5,), 512, torch.float32, 'direct', 'direct'),
+]
+
+
+@pytest.mark.parametrize('in_chs, out_chs, size, taps, batch, dtype, infer, train', GPU_RULE)
+def test_documented_rule_on_a_gpu(in_chs, out_chs, size, taps, batch, dtype, infer, train):
+    left = tuple(k // 2 for k in taps) if len(taps) == 2 else (taps[0] - 1,)
+    weight = torch.empty(out_chs, in_chs, *taps, device='meta', dtype=dtype)
+    for grad, name in zip((False, True), (infer, train)):
+        x = torch.empty(batch, in_chs, *size, device='meta', dtype=dtype, requires_grad=grad)
+        assert ops.choose_backend(x, weight, left, False, device='cuda') == name
+
+
 # docs/backends.md: batch, steps, taps, then the parts in which 30 channels are transformed
 PARTS = [
     (64, 784, 288, 1),

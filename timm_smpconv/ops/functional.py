@@ -94,9 +94,9 @@ _GPU_BLOCK_IN, _GPU_BLOCK_OUT = 32, 64
 _GPU_DENSE_STEP = {2: 8e5, 4: 1.8e6}  # a tap and block of input channels of direct, which follow one another
 _GPU_DENSE_SEQUENCE = 2.5  # direct for sequences, relative to maps
 _GPU_DENSE_TRANSFORM, _GPU_DENSE_TRANSFORM_2D = 38.0, 58.0  # one point of one real transform, in fft
-_GPU_DENSE_PRODUCT, _GPU_DENSE_ENTRY, _GPU_DENSE_SPECTRUM = 0.12, 30.0, 10.0  # in dft: see _ENTRY
-_GPU_DENSE_LAUNCHES = {'direct': (2e8, 8e8), 'fft': (7e8, 2.4e9), 'dft': (1e9, 3e9)}
-_GPU_DENSE_BACKWARD = {'direct': 2.8, 'fft': 1.05, 'dft': 1.05}
+_GPU_DENSE_PRODUCT, _GPU_DENSE_ENTRY, _GPU_DENSE_SPECTRUM = 0.09, 20.0, 10.0  # in dft: see _ENTRY
+_GPU_DENSE_LAUNCHES = {'direct': (2e8, 8e8), 'fft': (7e8, 2.4e9), 'dft': (6e8, 2e9)}
+_GPU_DENSE_BACKWARD = {'direct': 2.8, 'fft': 1.05, 'dft': 1.17}
 
 
 def choose_backend(
