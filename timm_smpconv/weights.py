@@ -117,8 +117,8 @@ WEIGHTS: Dict[str, Weights] = {
         correct=9810,
         tested=10000,
         test_data='test images of MNIST, pixels permuted',
-        note='Trained for 12 epochs, some three hours on one CPU core, and ten on a GPU in four minutes; the paper trains '
-        'for 200.',
+        note='Trained for 12 epochs, some three hours on one CPU core, and ten on a GPU in four minutes; the paper '
+        'trains for 200.',
         logits=(-0.4934, -5.0229, 1.2859, 0.2285, -2.971, -1.6558, -1.8473, -5.9794, -0.2721, -1.7717),
     ),
     'smpconv_seq_cifar.scifar10': Weights(
@@ -162,9 +162,9 @@ WEIGHTS: Dict[str, Weights] = {
         correct=1321,
         tested=1616,
         test_data='recordings of the ten words by speakers that were not trained on, half of the official test split',
-        note='Trained on 2,458 recordings, the other half of that split: 58 epochs at a fourth of the sample rate and one '
-        'at the full rate, four hours on one and two CPU cores, and 22 at the full rate with more augmentation on '
-        'a GPU in eight minutes, still learning; the paper has 34,975 recordings and 160 epochs: not comparable.',
+        note='Trained on 2,458 recordings, the other half of that split: 58 epochs at a fourth of the sample rate and '
+        'one at the full rate, four hours on one and two CPU cores, and 22 at the full rate with more augmentation '
+        'on a GPU in eight minutes, still learning; the paper has 34,975 recordings and 160 epochs: not comparable.',
         logits=(-0.0522, -4.7099, -4.4171, -0.7703, -0.1815, 1.3172, 0.859, -1.7681, -3.8469, -0.959),
     ),
 }
