@@ -121,20 +121,29 @@ def measure(case: Case, backend: str, device: str) -> float:
     return statistics.median(times)
 
 
+def ratios(times: Dict[Case, Dict[str, float]], device: str) -> Dict[Case, float]:
+    """Time of the choice relative to that of the fastest backend, of the cases in which both are known."""
+    found = {}
+    for case, measured in times.items():
+        chosen = case.choice(device)
+        if chosen in measured and len(measured) > 1:
+            found[case] = measured[chosen] / min(measured.values())
+    return found
+
+
 def report(times: Dict[Case, Dict[str, float]], device: str, limit: float) -> None:
     """Prints the cases whose choice takes more than `limit` times as long as the fastest, and a summary."""
-    ratios = []
-    for case in sorted(times, key=dataclasses.astuple):
-        chosen, best = case.choice(device), min(times[case], key=times[case].__getitem__)
-        if chosen not in times[case] or len(times[case]) < 2:
-            continue
-        ratios.append(times[case][chosen] / times[case][best])
-        if ratios[-1] > limit:
+    found = ratios(times, device)
+    for case in sorted(found, key=dataclasses.astuple):
+        if found[case] > limit:
             measured = ', '.join(f'{name} {ms:.2f}' for name, ms in sorted(times[case].items()))
-            print(*dataclasses.astuple(case), f'{chosen}: {ratios[-1]:.1f} times {best} ({measured} ms)')
-    if ratios:
-        near, middle = sum(ratio <= limit for ratio in ratios), statistics.median(ratios)
-        print(f'{near} of {len(ratios)} choices within {limit:.2f} times the fastest, median {middle:.2f}')
+            print(
+                *dataclasses.astuple(case),
+                f'{case.choice(device)}: {found[case]:.1f} times the fastest ({measured} ms)',
+            )
+    if found:
+        near, middle = sum(ratio <= limit for ratio in found.values()), statistics.median(found.values())
+        print(f'{near} of {len(found)} choices within {limit:.2f} times the fastest, median {middle:.2f}')
 
 
 def read(path: str) -> Tuple[Dict[Case, Dict[str, float]], str]:

@@ -1,5 +1,8 @@
 """Every backend against the reference backend, and the reference backend against torch in float64."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -406,6 +409,15 @@ def test_documented_rule_on_a_gpu(in_chs, out_chs, size, taps, batch, dtype, inf
     for grad, name in zip((False, True), (infer, train)):
         x = torch.empty(batch, in_chs, *size, device='meta', dtype=dtype, requires_grad=grad)
         assert ops.choose_backend(x, weight, left, False, device='cuda') == name
+
+
+def test_rule_by_times_of_a_gpu():
+    """The choices against what was measured on an H100: docs/backends.md says how many are near the fastest."""
+    folder = Path(__file__).resolve().parents[1] / 'benchmarks'
+    rule = runpy.run_path(str(folder / 'rule.py'))
+    ratios = rule['ratios'](*rule['read'](folder / 'rule_h100.csv')).values()
+    assert len(ratios) == 330
+    assert sum(ratio <= 1.3 for ratio in ratios) >= 313
 
 
 # docs/backends.md: batch, steps, taps, then the parts in which 30 channels are transformed
