@@ -278,6 +278,14 @@ def test_memory_formats_1d(backend):
         assert y.stride(1) == 1
 
 
+def test_fast_format_on_a_cpu():
+    maps, sequences = torch.randn(2, 3, 4, 5), torch.randn(2, 5, 3).transpose(1, 2)
+    got = ops.to_fast_format(maps)
+    assert torch.equal(got, maps) and got.is_contiguous(memory_format=torch.channels_last)
+    got = ops.to_fast_format(sequences)
+    assert torch.equal(got, sequences) and got.is_contiguous()
+
+
 @pytest.mark.parametrize('backend', [*BACKENDS, None])
 @pytest.mark.parametrize('op', sorted(OPS))
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])

@@ -10,6 +10,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model, regis
 from torch import nn
 
 from ..layers import RepSMPConv1d
+from ..ops import to_fast_format
 from ._base import LargeKernelNet
 from ._builder import build, cfg
 from ._checkpoint import adapt_input_channels, convert_reference
@@ -103,7 +104,7 @@ class SequenceBlock(nn.Module):
         return self.act(self.drop_path(y) + self.shortcut(x))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        steps = x.flatten(2)
+        steps = to_fast_format(x.flatten(2))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             y = checkpoint(self._forward, steps)
         else:

@@ -307,10 +307,15 @@ def causal_conv1d(
 
 @register_notrace_function  # looks at shapes, which symbolic tracing cannot follow
 def to_fast_format(x: torch.Tensor) -> torch.Tensor:
-    """Feature map in the memory format in which networks of these convolutions are fast: channels_last."""
-    if not torch.jit.is_scripting():
-        if x.ndim == 4 and x.device.type in ('cpu', 'cuda') and not is_exporting() and not is_transformed():
+    """Feature map in the memory format in which networks of these convolutions are fast.
+
+    channels_last for maps, (B, C, H, W). For sequences, (B, C, L), that which they have on a GPU, contiguous on a CPU.
+    """
+    if not torch.jit.is_scripting() and not is_exporting() and not is_transformed():
+        if x.ndim == 4 and x.device.type in ('cpu', 'cuda'):
             return x.contiguous(memory_format=torch.channels_last)
+        if x.ndim == 3 and x.device.type == 'cpu':
+            return x.contiguous()
     return x
 
 
