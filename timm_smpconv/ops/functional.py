@@ -311,11 +311,12 @@ def to_fast_format(x: torch.Tensor) -> torch.Tensor:
 
     channels_last for maps, (B, C, H, W). For sequences, (B, C, L), that which they have on a GPU, contiguous on a CPU.
     """
-    if not torch.jit.is_scripting() and not is_exporting() and not is_transformed():
-        if x.ndim == 4 and x.device.type in ('cpu', 'cuda'):
-            return x.contiguous(memory_format=torch.channels_last)
-        if x.ndim == 3 and x.device.type == 'cpu':
-            return x.contiguous()
+    if not torch.jit.is_scripting():  # on its own: what follows is not to be compiled
+        if not is_exporting() and not is_transformed():
+            if x.ndim == 4 and x.device.type in ('cpu', 'cuda'):
+                return x.contiguous(memory_format=torch.channels_last)
+            if x.ndim == 3 and x.device.type == 'cpu':
+                return x.contiguous()
     return x
 
 
