@@ -514,6 +514,19 @@ def test_script():
     assert relative_error(torch.jit.script(module)(x), module(x)) < 1e-5
 
 
+def test_compile_for_any_size():
+    """Sizes as symbols, to which torch.compile turns when it has seen several: two products of `dft` in a row."""
+    x, *weights = (torch.randn(shape, requires_grad=True) for shape in ((4, 3, 12, 12), (4, 3, 9, 9), (4, 4, 9, 9)))
+
+    def run(x, first, second):
+        return ops.conv2d(ops.conv2d(x, first), second).relu().sum()
+
+    with ops.use_backend('dft'):
+        compiled = torch.compile(run, backend='aot_eager', dynamic=True)
+        got, wanted = (torch.autograd.grad(f(x, *weights), (x, *weights)) for f in (compiled, run))
+    assert all(relative_error(a, b) < BACKWARD[torch.float32] for a, b in zip(got, wanted))
+
+
 @pytest.mark.parametrize('backend', OTHERS)
 def test_compile_of_the_ops(backend):
     module = _CallsOps()
