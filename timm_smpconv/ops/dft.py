@@ -166,7 +166,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx, a: torch.Tensor, b: torch.Tensor, sign_a: int, sign_b: int) -> torch.Tensor:
         ctx.save_for_backward(a, b)
         ctx.signs = sign_a, sign_b
-        b = b.mT
+        b = b.mT  # before its sizes are read: of another order of symbols torch 2.6 cannot tell that they are equal
         y = a.new_empty(2, a.shape[1], a.shape[2], b.shape[3])
         (a_re, a_im), (b_re, b_im), (real, imag) = a.unbind(), b.unbind(), y.unbind()
         torch.bmm(a_re, b_re, out=real)
