@@ -430,6 +430,57 @@ def test_support_leaves_out_zeros_alone(size, center, spread, radius, seed, dtyp
         assert relative_error(given_, wanted) <= (1 if dtype == torch.bfloat16 else 10) * tolerance
 
 
+@given(
+    size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    center=st.tuples(*[st.sampled_from([-1.2, -1.0, -0.3, 0.0, 0.8, 1.0, 1.3])] * 2),
+    spread=st.sampled_from([0.0, 0.02, 0.4]),
+    radius=st.sampled_from([1e-3, 0.05, 0.12, 0.5]),
+    normalize=st.booleans(),
+    seed=st.integers(0, 999),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_few_taps_are_all_that_a_point_reaches(size, center, spread, radius, normalize, seed, dtype):
+    """Points of maps looked up near their taps alone: the same kernel, gradients and gradients of gradients."""
+    kernel = SMPKernel(2, 3, size, ndim=2, num_points=4, radius=radius, normalize=normalize)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        kernel.coords.copy_(torch.tensor(center) + spread * torch.randn(3, 4, 2, generator=generator))
+        kernel.radius_offset.copy_(radius * torch.rand(3, 4, generator=generator) / kernel.radius_lr_scale)
+    kernel.to(dtype)
+    full, few = kernel(), kernel.for_convolution()
+    assert torch.equal(few, full)
+    direction = torch.randn(full.shape, generator=generator, dtype=torch.float64).to(dtype)
+    parameters = list(kernel.parameters())
+    first = [torch.autograd.grad(k, parameters, direction, create_graph=True) for k in (full, few)]
+    second = [
+        torch.autograd.grad(sum((g**2).sum() for g in gradients), parameters, allow_unused=True) for gradients in first
+    ]
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}[dtype]
+    for wanted, got in zip((*first[0], *second[0]), (*first[1], *second[1])):
+        assert relative_error(got, wanted) <= tolerance
+
+
+@pytest.mark.parametrize(
+    'sizes, radius, shared, few',
+    [
+        ((33, 33), 0.12, False, True),  # windows of 8 x 8 taps
+        ((33, 33), 0.5, False, False),  # of 21 x 21
+        ((33, 33), 0.12, True, False),
+        ((7, 7), 0.12, False, False),
+        ((784,), 2 / 784, False, True),
+        ((784,), 0.5, False, False),
+    ],
+)
+def test_few_taps_are_looked_up_where_it_pays(sizes, radius, shared, few, monkeypatch):
+    kernel = SMPKernel(2, 3, sizes, ndim=len(sizes), num_points=4, radius=radius, shared_points=shared)
+    looked_up = []
+    of_few_taps = kernel._reach_of_few_taps
+    monkeypatch.setattr(kernel, '_reach_of_few_taps', lambda *args: looked_up.append(args) or of_few_taps(*args))
+    for convolve in (kernel.for_convolution, kernel.eval().for_convolution):
+        convolve()
+    assert len(looked_up) == (2 if few else 0)
+
+
 def test_set_radius():
     kernel = SMPKernel(1, 2, 5, radius=0.6)
     kernel.set_radius(0.3)

@@ -13,7 +13,7 @@ from .plain import has_hooks
 __all__ = ['SMPKernel']
 
 _SUPPORT_STEP = 32  # taps by which rendered causal kernels differ in length
-_MIN_SPARSITY = 8  # taps for one that a point reaches, from which they are better looked up
+_MIN_SPARSITY = 4  # taps for one that a point may reach, from which they are better looked up
 
 
 def _check_positive(name: str, value: float) -> None:
@@ -199,7 +199,7 @@ class SMPKernel(DropsCaches):
         else:
             dims = list(size)
         if torch.jit.is_scripting():
-            return self._render(dims)
+            return self._render(dims, 0, [])
         self._check_size(dims)
         return self._render_full_precision(dims)
 
@@ -244,41 +244,48 @@ class SMPKernel(DropsCaches):
         """The kernel at its own size, if causal without leading taps that no point reaches; reads values."""
         if self.training:
             self.project()
-        taps = self.kernel_size[0]
-        if not self.causal or taps < 2 * _SUPPORT_STEP:
-            return self._render_full_precision(self.kernel_size)
-        first = (self.coords.detach().squeeze(2) - self.radius.detach()).min().item()
-        if not math.isfinite(first):
-            return self._render_full_precision(self.kernel_size)
-        # one tap more than computed, against rounding, and few different numbers, as each is planned anew by an FFT
-        needed = min(max((1.0 - first) / 2.0 * (taps - 1), 0.0), taps) + 2.0
-        needed = math.ceil(needed / _SUPPORT_STEP) * _SUPPORT_STEP
-        skip = max(taps - needed, 0)
+        size, radius = self.kernel_size, self.radius.detach()
+        first, widest = (self.coords.detach() - radius.unsqueeze(2)).min().item(), radius.max().item()
+        if math.prod(size) < 2 * _SUPPORT_STEP or not math.isfinite(first) or not math.isfinite(widest):
+            return self._render_full_precision(size)
+        skip = 0
+        if self.causal:
+            # one tap more than computed, against rounding, and few different numbers, as each is planned anew by an FFT
+            needed = min(max((1.0 - first) / 2.0 * (size[0] - 1), 0.0), size[0]) + 2.0
+            skip = max(size[0] - math.ceil(needed / _SUPPORT_STEP) * _SUPPORT_STEP, 0)
         # reached taps span two radii, that is radius * (taps - 1) steps; two more at each end, against rounding
-        width = int(self.radius.detach().max().item() * (taps - 1)) + 5
-        return self._render_full_precision(self.kernel_size, skip, width if width < needed // _MIN_SPARSITY else 0)
+        window = [int(widest * (taps - 1)) + 5 for taps in size]
+        # shared points are few: there is nothing to gain
+        sparse = not self.shared_points and _MIN_SPARSITY * math.prod(window) < math.prod(size) - skip
+        return self._render_full_precision(size, skip, window if sparse else [])
 
     @torch.jit.unused
-    def _render_full_precision(self, size: List[int], skip: int = 0, width: int = 0) -> torch.Tensor:
+    def _render_full_precision(self, size: List[int], skip: int = 0, window: Sequence[int] = ()) -> torch.Tensor:
         # reduced precision would move the points of a long kernel by whole taps
         with full_precision(self.weights):
-            return self._render(size, skip, width)
+            return self._render(size, skip, list(window))
 
-    def _render(self, size: List[int], skip: int = 0, width: int = 0) -> torch.Tensor:
-        """Renders a kernel, in 1D without its first `skip` taps and, if `width` > 0, from that many taps a point."""
+    def _render(self, size: List[int], skip: int, window: List[int]) -> torch.Tensor:
+        """Renders a kernel.
+
+        Args:
+            size: Taps in each dimension.
+            skip: Leading taps to leave out, in 1D.
+            window: Taps in each dimension to look at for each point; empty for all.
+        """
         dtype = self.weights.dtype
         compute = torch.float32 if dtype == torch.float16 or dtype == torch.bfloat16 else dtype
         coords, weights = self.coords.to(compute), self.weights.to(compute)
-        # one |x_d - p_d| a dimension, in the order of the kernel's axes
-        x = torch.linspace(-1.0, 1.0, size[-1], dtype=torch.float32, device=coords.device)[skip:].to(compute)
+        # where the taps of each axis of the kernel lie: rows from top to bottom, columns from left to right
+        axes = [torch.linspace(-1.0, 1.0, k, dtype=torch.float32, device=coords.device).to(compute) for k in size]
+        axes = [axes[0].flip(0), axes[1]] if self.ndim == 2 else [axes[0][skip:]]
         radius = self.radius.to(compute).unsqueeze(2)
-        if width > 0:
-            reach = self._reach_of_few_taps(coords, radius, x, skip, width)
+        if len(window) > 0:
+            reach = self._reach_of_few_taps(coords, radius, axes, skip, window)
         else:
-            distance = (coords[:, :, 0:1] - x).abs()  # G, N, kw
+            distance = (coords[:, :, 0:1] - axes[-1]).abs()  # G, N, kw
             if self.ndim == 2:
-                y = torch.linspace(-1.0, 1.0, size[0], dtype=torch.float32, device=coords.device).to(compute).flip(0)
-                distance = distance.unsqueeze(2) + (coords[:, :, 1:2] - y).abs().unsqueeze(3)  # G, N, kh, kw
+                distance = distance.unsqueeze(2) + (coords[:, :, 1:2] - axes[0]).abs().unsqueeze(3)  # G, N, kh, kw
             reach = torch.relu(1.0 - distance.flatten(2) / radius)  # g(x, p_i, r_i): G, N, K
             if self.normalize:
                 reach = reach / ((reach != 0).sum(1, keepdim=True) + 1e-6)
@@ -286,37 +293,39 @@ class SMPKernel(DropsCaches):
             kernel = weights.flatten(0, 1) @ reach[0]
         else:
             kernel = torch.bmm(weights, reach)
-        return kernel.to(dtype).reshape([self.out_chs, self.in_chs] + size[:-1] + [size[-1] - skip])
+        return kernel.to(dtype).reshape([self.out_chs, self.in_chs] + [axis.shape[0] for axis in axes])
 
     @torch.jit.unused
     def _reach_of_few_taps(
-        self, coords: torch.Tensor, radius: torch.Tensor, x: torch.Tensor, skip: int, width: int
+        self, coords: torch.Tensor, radius: torch.Tensor, axes: List[torch.Tensor], skip: int, window: List[int]
     ) -> torch.Tensor:
-        """What _render computes at all taps (1D), computed only at those near each point; the others are zero.
+        """What _render computes at all taps, computed only at those near each point; the others are zero.
 
         Args:
-            coords: Coordinates, (G, N, 1).
+            coords: Coordinates, (G, N, d).
             radius: Radii, (G, N, 1).
-            x: Coordinates of the taps, (K,).
-            skip: Taps before the first one in x.
-            width: Taps to look at for each point.
+            axes: Where the taps of each axis of the kernel lie.
+            skip: Taps before the first one of axes, in 1D.
+            window: Taps of each axis to look at for each point.
 
         Returns:
             Reach of each point at each tap, (G, N, K).
         """
-        groups, points, taps = coords.shape[0], coords.shape[1], x.shape[0]
-        first = ((coords - radius).detach() + 1.0) / 2.0 * (skip + taps - 1)
-        index = first.floor().long() - 1 - skip + torch.arange(width, device=x.device)  # G, N, width
-        inside = (index >= 0) & (index < taps)
-        index = index.clamp(0, taps - 1)
-        reach = torch.relu(1.0 - (coords - x[index]).abs() / radius) * inside
+        groups, points, taps = coords.shape[0], coords.shape[1], math.prod(len(axis) for axis in axes)
+        index, inside, distance = _look_near(coords[:, :, 0:1], radius, axes[-1], window[-1], skip)
+        if self.ndim == 2:  # rows run downwards: the negative of coordinate 1 grows along them
+            rows, on_map, height = _look_near(-coords[:, :, 1:2], radius, -axes[0], window[0])
+            index = (rows.unsqueeze(3) * len(axes[1]) + index.unsqueeze(2)).flatten(2)
+            inside = (on_map.unsqueeze(3) & inside.unsqueeze(2)).flatten(2)
+            distance = (height.unsqueeze(3) + distance.unsqueeze(2)).flatten(2)
+        reach = torch.relu(1.0 - distance / radius) * inside  # G, N, taps of the window
         if self.normalize:
             flat = index.flatten(1)
             # whole numbers, to which 1e-6 is added in the default dtype: so does the reference, in float64 too
-            count = torch.zeros(groups, taps, dtype=torch.int64, device=x.device)
+            count = torch.zeros(groups, taps, dtype=torch.int64, device=index.device)
             count.scatter_add_(1, flat, (reach != 0).long().flatten(1))
             reach = reach / (count.gather(1, flat).reshape(index.shape) + 1e-6)
-        return torch.zeros(groups, points, taps, dtype=x.dtype, device=x.device).scatter_add_(2, index, reach)
+        return torch.zeros(groups, points, taps, dtype=reach.dtype, device=index.device).scatter_add_(2, index, reach)
 
     @torch.jit.unused
     def _check_size(self, size: List[int]) -> None:
@@ -333,3 +342,26 @@ class SMPKernel(DropsCaches):
             f'{self.in_chs}, {self.out_chs}, kernel_size={tuple(self.kernel_size)}, num_points={self.num_points}, '
             f'shared_points={self.shared_points}, normalize={self.normalize}'
         )
+
+
+def _look_near(
+    coord: torch.Tensor, radius: torch.Tensor, axis: torch.Tensor, width: int, skip: int = 0
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The taps of an axis that a point may reach.
+
+    Args:
+        coord: Coordinates of the points along the axis, (G, N, 1).
+        radius: Radii, (G, N, 1).
+        axis: Where its taps lie, ascending, (K,).
+        width: Taps to look at.
+        skip: Taps from -1 on before the first one of axis.
+
+    Returns:
+        For each point the indices of `width` taps, whether they are any, and how far from it they are: (G, N, width).
+    """
+    taps = axis.shape[0]
+    first = ((coord - radius).detach() + 1.0) / 2.0 * (skip + taps - 1)
+    index = first.floor().long() - 1 - skip + torch.arange(width, device=axis.device)
+    inside = (index >= 0) & (index < taps)
+    index = index.clamp(0, taps - 1)
+    return index, inside, (coord - axis[index]).abs()
