@@ -499,6 +499,7 @@ def test_train(capsys, tmp_path, data, monkeypatch):
     'recipe,message',
     [
         ('{', 'is not YAML'),
+        ('lr: 0.1\nepochs: 2\nlr: 0.2\n', "'lr' is given twice"),
         ('[]', 'must hold the fields'),
         ('{"speed of light": 1}', 'unknown field'),
         ('{"epochs": "8"}', 'of type int'),

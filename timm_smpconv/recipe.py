@@ -126,7 +126,16 @@ class Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-3, without a point, as a number: YAML 1.1 takes it for text."""
+    """Reads 1e-3, without a point, as a number: YAML 1.1 takes it for text. Refuses a key that is there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for i, key in enumerate(keys):
+            if key.value in [earlier.value for earlier in keys[:i]]:
+                raise yaml.constructor.ConstructorError(
+                    problem=f'{key.value!r} is given twice', problem_mark=key.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
