@@ -339,12 +339,15 @@ def test_bad_checkpoints(capsys, tmp_path, digit):
 
 def test_deployed_checkpoint(capsys, tmp_path, digit, checkpoint, model):
     save_file(model.state_dict(), tmp_path / 'deployed.safetensors')
+    save_file(model.state_dict(), tmp_path / 'deployed.pt')  # its contents say what a file is, not its name
     outputs = [
         json.loads(run(capsys, 'predict', digit, '--json', '--checkpoint-path', path)[1])[0]['predictions']
-        for path in (checkpoint, tmp_path / 'deployed.safetensors')
+        for path in (checkpoint, tmp_path / 'deployed.safetensors', tmp_path / 'deployed.pt')
     ]
-    for a, b in zip(*outputs):
-        assert a['index'] == b['index'] and a['probability'] == pytest.approx(b['probability'], rel=1e-4)
+    for wanted, *others in zip(*outputs):
+        for got in others:
+            assert got['index'] == wanted['index']
+            assert got['probability'] == pytest.approx(wanted['probability'], rel=1e-4)
 
 
 def test_interrupt(monkeypatch, capsys):

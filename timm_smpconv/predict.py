@@ -14,7 +14,7 @@ from torch import nn
 
 from .audio import load_second
 from .catalog import model_names
-from .checkpoint import carried_settings
+from .checkpoint import carried_settings, read_checkpoint
 from .classes import CLASS_NAMES
 from .tasks import TASKS, network_input
 from .weights import WEIGHTS
@@ -134,8 +134,10 @@ def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None) ->
                 f'it is of inputs of size {size}, not {_input_size(name)}: load its folder from Python, with '
                 f'timm.create_model("local-dir:{path.parent}", pretrained=True).'
             )
-        overlay = dict(file=str(path), **carried)
-        return timm.create_model(name, pretrained=True, inference_mode=True, pretrained_cfg_overlay=overlay).eval()
+        overlay = dict(state_dict=read_checkpoint(path), **carried)
+        model = timm.create_model(name, pretrained=True, inference_mode=True, pretrained_cfg_overlay=overlay).eval()
+        model.pretrained_cfg.pop('state_dict', None)  # the configuration would keep a second copy
+        return model
     except Exception as e:  # unpickling and conversion of a file of unknown contents fail in any way
         raise ValueError(f'Cannot load {path} into {name}: {_one_line(e)} Expected a checkpoint of this model.') from e
 
