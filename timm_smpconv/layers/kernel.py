@@ -244,9 +244,13 @@ class SMPKernel(DropsCaches):
         """The kernel at its own size, if causal without leading taps that no point reaches; reads values."""
         if self.training:
             self.project()
-        size, radius = self.kernel_size, self.radius.detach()
-        first, widest = (self.coords.detach() - radius.unsqueeze(2)).min().item(), radius.max().item()
-        if math.prod(size) < 2 * _SUPPORT_STEP or not math.isfinite(first) or not math.isfinite(widest):
+        size = self.kernel_size
+        # shared points are few: there is nothing to gain by looking up their taps
+        if math.prod(size) < 2 * _SUPPORT_STEP or (self.shared_points and not self.causal):
+            return self._render_full_precision(size)
+        radius = self.radius.detach()
+        first = (self.coords.detach() - radius.unsqueeze(2)).min().item()
+        if not math.isfinite(first):
             return self._render_full_precision(size)
         skip = 0
         if self.causal:
@@ -254,9 +258,8 @@ class SMPKernel(DropsCaches):
             needed = min(max((1.0 - first) / 2.0 * (size[0] - 1), 0.0), size[0]) + 2.0
             skip = max(size[0] - math.ceil(needed / _SUPPORT_STEP) * _SUPPORT_STEP, 0)
         # reached taps span two radii, that is radius * (taps - 1) steps; two more at each end, against rounding
-        window = [int(widest * (taps - 1)) + 5 for taps in size]
-        # shared points are few: there is nothing to gain
-        sparse = not self.shared_points and _MIN_SPARSITY * math.prod(window) < math.prod(size) - skip
+        window = [int(radius.max().item() * (taps - 1)) + 5 for taps in size]
+        sparse = _MIN_SPARSITY * math.prod(window) < math.prod(size) - skip
         return self._render_full_precision(size, skip, window if sparse else [])
 
     @torch.jit.unused
