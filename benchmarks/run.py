@@ -67,7 +67,7 @@ def plain_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Ten
 
 def plain_peripheral_conv2d(m: nn.Module, x: torch.Tensor, pos_embed: Optional[torch.Tensor] = None) -> torch.Tensor:
     kernel = m.kernel()
-    return plain_conv2d(x, kernel, m._total_bias(kernel, pos_embed), x.shape[1])
+    return plain_conv2d(x, kernel, m._total_bias(kernel, pos_embed, m.bias), x.shape[1])
 
 
 def plain_pelk_block(m: nn.Module, x: torch.Tensor, pos_embed: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -413,6 +413,15 @@ def print_peak_memory(case: Case, path: str, device: str) -> None:
     print(torch.cuda.max_memory_allocated() / 2**20 if device == 'cuda' else (peak_rss() - base) / 1024)
 
 
+def write(path: str, rows: List[Dict[str, str]]) -> None:
+    part = f'{path}.part'
+    with open(part, 'w', newline='') as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(part, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--cases', nargs='*', default=[''], help='run the cases whose names start so')
@@ -477,14 +486,9 @@ def main() -> None:
             rows.append(row)
             tqdm.write('| ' + ' | '.join(row.values()) + ' |', file=sys.stdout)
             sys.stdout.flush()
+        if args.csv:  # after each case: a run that is cut short keeps what it has
+            write(args.csv, rows)
     bar.close()
-    if args.csv:
-        part = f'{args.csv}.part'
-        with open(part, 'w', newline='') as f:
-            writer = csv.DictWriter(f, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(part, args.csv)
 
 
 if __name__ == '__main__':
