@@ -11,7 +11,7 @@ from synth import relative_error
 from torch import nn
 
 from timm_smpconv import ops
-from timm_smpconv.ops import direct, fft, reference
+from timm_smpconv.ops import dft, direct, fft, reference
 
 BACKENDS = ops.available_backends()
 OTHERS = [backend for backend in BACKENDS if backend != 'reference']
@@ -369,6 +369,8 @@ RULE = [
     (30, 30, (784,), (784,), 'fft', 'fft', 'fft', 'fft'),
     (30, 30, (1024,), (1024,), 'fft', 'fft', 'fft', 'fft'),
     (30, 30, (16000,), (16000,), 'fft', 'fft', 'fft', 'fft'),
+    (30, 30, (16000,), (60,), 'fft', 'fft', 'fft', 'fft'),
+    (30, 30, (1024,), (64,), 'fft', 'fft', 'fft', 'fft'),
     (30, 30, (161,), (161,), 'fft', 'fft', 'direct', 'direct'),
     (30, 30, (182,), (182,), 'fft', 'fft', 'direct', 'direct'),
     (30, 30, (784,), (5,), 'direct', 'direct', 'direct', 'direct'),
@@ -462,6 +464,40 @@ def test_any_number_of_parts(parts, length, taps, channels, batch, data):
         patch.setattr(fft, 'count_parts', lambda *args: parts)
         got = with_gradients(lambda x, weight: fft.correlate(x, weight, None, left, False), (x, weight))
     assert all(close(a, b, 1e-11) for a, b in zip(got, wanted))
+
+
+@pytest.mark.skipif(not dft._ONEDNN, reason='a build of torch without MKL or without oneDNN')
+@pytest.mark.parametrize('transposed', [False, True])
+@given(sizes=st.tuples(st.integers(1, 70), st.integers(1, 70), st.integers(0, 300)), seed=st.integers(0, 999))
+def test_products_by_onednn(transposed, sizes, seed):
+    """Against float64, with first and second derivatives, matrices in either order in memory."""
+    (rows, inner, columns), generator = sizes, torch.Generator().manual_seed(seed)
+    matrix, x = torch.randn(rows, inner, generator=generator), torch.randn(inner, columns, generator=generator)
+    if transposed:
+        matrix, x = matrix.t().contiguous().t(), x.t().contiguous().t()
+    results = []
+    for multiply, dtype in ((dft._multiply, torch.float32), (torch.matmul, torch.float64)):
+        signal = x.to(dtype).requires_grad_()
+        y = multiply(matrix.to(dtype), signal)
+        (grad,) = torch.autograd.grad(y.sin().sum(), signal, create_graph=True)
+        (second,) = torch.autograd.grad(grad.sin().sum(), signal)
+        results.append((y, grad, second, multiply(matrix.to(dtype), signal.detach())))
+    assert all(close(a, b, 1e-4) for a, b in zip(*results))
+
+
+@pytest.mark.filterwarnings('ignore:TF32')  # of torch, by its own flags
+def test_onednn_multiplies_where_it_is_there(monkeypatch):
+    seen, linear = [], dft._linear
+    monkeypatch.setattr(dft, '_linear', lambda *args: seen.append(args) or linear(*args))
+    x, weight, _ = make_case('dense', 2, 3, 4, (9, 8), (4, 4), torch.float32, bias=False)
+    with ops.use_backend('dft'):
+        with_gradients(ops.conv2d, (x, weight))
+        assert len(seen) == (6 if dft._ONEDNN else 0)  # of the input, the kernel and the output, and their gradients
+        ops.conv2d(x.double(), weight.double())
+        ops.conv2d(x[:0], weight)
+        with torch.backends.mkldnn.flags(enabled=False):
+            ops.conv2d(x, weight)
+        assert len(seen) == (6 if dft._ONEDNN else 0)
 
 
 @given(n=st.integers(1, 12), k=st.integers(1, 30), data=st.data())
