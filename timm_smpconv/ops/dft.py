@@ -171,7 +171,7 @@ def _multiply(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """torch.nn.functional.linear by oneDNN, which is what torch.compile makes of it, too."""
+    """torch.nn.functional.linear by oneDNN, through the operation that torch's own compiler puts in its place."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, 'none', [], '')
 
 
