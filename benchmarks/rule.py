@@ -16,12 +16,14 @@ import random
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Dict, Iterator, List, Tuple
 
 import torch
 from tqdm import tqdm
 
 from timm_smpconv import ops
+from timm_smpconv._files import atomic_path
 
 # channels in and out (0: depthwise), map or steps, taps
 SHAPES = {
@@ -188,7 +190,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
     if args.csv:
-        with open(args.csv, 'w', newline='') as file:
+        with atomic_path(Path(args.csv)) as part, open(part, 'w', newline='') as file:
             writer = csv.writer(file)
             writer.writerow([*(field.name for field in dataclasses.fields(Case)), 'backend', 'device', 'ms'])
             for case, measured in times.items():

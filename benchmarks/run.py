@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 from typing import Callable, Dict, List, Optional
 
 import timm
@@ -33,6 +34,7 @@ from tqdm import tqdm
 
 import timm_smpconv
 from timm_smpconv import ops
+from timm_smpconv._files import atomic_path
 from timm_smpconv.layers import (
     CausalConv1d,
     LargeConv2d,
@@ -414,12 +416,10 @@ def print_peak_memory(case: Case, path: str, device: str) -> None:
 
 
 def write(path: str, rows: List[Dict[str, str]]) -> None:
-    part = f'{path}.part'
-    with open(part, 'w', newline='') as f:
+    with atomic_path(Path(path)) as part, open(part, 'w', newline='') as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(part, path)
 
 
 def main() -> None:

@@ -79,6 +79,11 @@ def _correlate(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], kee
     return _inverse(y_f, inverse, shape).unflatten(-1, (x.shape[0], weight.shape[0]))
 
 
+def _is_eager(x: torch.Tensor) -> bool:
+    """Whether no compiler, transform or tensor of a special kind wants to see torch's own operations."""
+    return not torch.compiler.is_compiling() and not is_transformed() and type(x.detach()) is torch.Tensor
+
+
 _Like = Tuple[torch.dtype, torch.device]
 
 
@@ -88,7 +93,7 @@ def _matrices(make: Callable[..., _Matrices], like: torch.Tensor, *sizes: Sequen
     On a GPU their making would take longer than their use: it is some hundred launches.
     """
     arguments = (*(tuple(size) for size in sizes), (like.dtype, like.device))
-    if torch.compiler.is_compiling() or is_transformed() or type(like.detach()) is not torch.Tensor:
+    if not _is_eager(like):
         return make(*arguments)
     if like.device.type == 'cuda' and torch.cuda.is_current_stream_capturing():  # values that only a replay computes
         return make(*arguments)
@@ -158,16 +163,15 @@ def _inverse(y_f: torch.Tensor, matrices: _Matrices, shape: Sequence[int]) -> to
 def _multiply(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """matrix @ x for a constant small matrix and a long x, (k, n)."""
     if (
-        not (_ONEDNN and torch.backends.mkldnn.enabled)
-        or torch.compiler.is_compiling()
-        or is_transformed()
-        or not type(x.detach()) is type(matrix) is torch.Tensor
-        or not x.dtype == matrix.dtype == torch.float32
-        or x.device.type != 'cpu'
-        or x.numel() == 0
+        _ONEDNN
+        and torch.backends.mkldnn.enabled
+        and x.device.type == 'cpu'
+        and x.dtype == torch.float32
+        and x.numel() > 0
+        and _is_eager(x)
     ):
-        return matrix @ x
-    return _Multiply.apply(matrix, x) if is_trained(x, matrix) else _linear(matrix, x.t())
+        return _Multiply.apply(matrix, x) if is_trained(x, matrix) else _linear(matrix, x.t())
+    return matrix @ x
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
