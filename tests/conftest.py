@@ -6,6 +6,11 @@ import shutil
 # before huggingface_hub is imported: no test of this process asks the real Hub
 os.environ['HF_HUB_OFFLINE'] = '1'
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+if 'PYTEST_XDIST_WORKER_COUNT' in os.environ:  # before torch is imported: tests that run side by side share the cores
+    workers = int(os.environ['PYTEST_XDIST_WORKER_COUNT'])
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(CORES // workers, 1)))
+
 import torch
 
 if not torch.cuda.is_available():  # before timm imports Triton: a CPU runs the kernels for GPUs in the interpreter
@@ -33,6 +38,16 @@ SMALLER = {
     'smpconv_tiny': dict(depths=(1, 1, 3, 1)),
     'smpconv_seq_speech_raw': dict(kernel_size=200, radius=0.02),
 }
+
+
+def pytest_xdist_auto_num_workers(config):
+    """A process for each core, and no more than memory has room for: each takes up to some 4 GB."""
+    return min(CORES, 4)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest test comes first: last, it would leave the other processes with nothing to do."""
+    items.sort(key=lambda item: item.path.name != 'test_timm_suite.py')
 
 
 def pytest_generate_tests(metafunc):
