@@ -1,5 +1,6 @@
 """Every backend against the reference backend, and the reference backend against torch in float64."""
 
+import math
 import runpy
 from pathlib import Path
 
@@ -444,7 +445,9 @@ PARTS = [
 
 @pytest.mark.parametrize('batch, length, taps, parts', PARTS)
 def test_documented_parts(batch, length, taps, parts):
-    assert fft.count_parts(batch, 30, 30, length, taps) == parts
+    count, points = fft.plan_parts(batch, 30, 30, length, taps)
+    assert count == parts
+    assert points == fft.fast_len(math.ceil(length / parts) + taps - 1)
 
 
 @given(
@@ -461,7 +464,7 @@ def test_any_number_of_parts(parts, length, taps, channels, batch, data):
     x, weight, _ = make_case('causal', batch, *channels, (length,), (taps,), bias=False)
     wanted = with_gradients(lambda x, weight: reference.correlate(x, weight, None, left, False), (x, weight))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fft, 'count_parts', lambda *args: parts)
+        patch.setattr(fft, 'plan_parts', lambda *args: (parts, 0))
         got = with_gradients(lambda x, weight: fft.correlate(x, weight, None, left, False), (x, weight))
     assert all(close(a, b, 1e-11) for a, b in zip(got, wanted))
 

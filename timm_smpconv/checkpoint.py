@@ -135,7 +135,9 @@ def differences(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> List[s
     return found
 
 
-def carried_settings(path: Path, channels: Optional[int] = None) -> Dict[str, Tuple[float, ...]]:
+def carried_settings(
+    path: Path, channels: Optional[int] = None, checkpoint: Optional[Dict[str, Any]] = None
+) -> Dict[str, Tuple[float, ...]]:
     """What a file of weights says of the input it was trained on.
 
     `timm-smpconv train` writes it into weights and checkpoint; model.safetensors of a folder for the Hub has a
@@ -144,6 +146,7 @@ def carried_settings(path: Path, channels: Optional[int] = None) -> Dict[str, Tu
     Args:
         path: File of weights, of any format.
         channels: Channels of the input; None if not known.
+        checkpoint: What `read_checkpoint` has read of it already.
 
     Returns:
         `mean` and `std` (one number for each channel, or one for all) and `input_size`, as far as they are known.
@@ -152,7 +155,7 @@ def carried_settings(path: Path, channels: Optional[int] = None) -> Dict[str, Tu
         CheckpointError: The file cannot be read, or says what cannot be.
     """
     try:
-        carried = _carried(path)
+        carried = _carried(path, checkpoint)
         found = {key: tuple(carried[key]) for key in ('mean', 'std', 'input_size') if key in carried}
         numbers = {key: tuple(float(v) for v in values) for key, values in found.items() if key != 'input_size'}
     except (TypeError, ValueError, RecursionError, SafetensorError, OSError):  # written by somebody else
@@ -168,14 +171,15 @@ def carried_settings(path: Path, channels: Optional[int] = None) -> Dict[str, Tu
     return {**found, **numbers}
 
 
-def _carried(path: Path) -> Dict[str, Any]:
+def _carried(path: Path, checkpoint: Optional[Dict[str, Any]]) -> Dict[str, Any]:
     if _is_safetensors(path):
         carried = read_metadata(path)
         config = path.with_name('config.json')
         if 'mean' not in carried and path.name == 'model.safetensors' and config.is_file():
             return json.loads(config.read_text(encoding='utf-8')).get('pretrained_cfg', {})
         return carried
-    checkpoint = read_checkpoint(path)
+    if checkpoint is None:
+        checkpoint = read_checkpoint(path)
     return checkpoint if {'mean', 'std', 'state_dict'} <= checkpoint.keys() else {}
 
 

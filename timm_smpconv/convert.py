@@ -108,7 +108,7 @@ def convert(
         raise ValueError(f'Cannot convert {name} with {model_kwargs}: expected arguments of the network itself.')
     model.load_state_dict(fit_checkpoint(checkpoint, model, str(file)))
     model.pretrained_cfg['num_classes'] = model.num_classes
-    carried = carried_settings(file, model.in_chans)
+    carried = carried_settings(file, model.in_chans, checkpoint)
     size = tuple(model.pretrained_cfg['input_size'])
     if install and tuple(carried.get('input_size', size)) != size:
         raise ValueError(

@@ -126,7 +126,8 @@ def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None) ->
     if not path.is_file():
         raise ValueError(f'No checkpoint at {path}: expected a file of weights (.safetensors, .pth, .pt ...).')
     try:
-        carried = carried_settings(path, _input_size(name)[0])
+        checkpoint = read_checkpoint(path)
+        carried = carried_settings(path, _input_size(name)[0], checkpoint)
         size = carried.get('input_size', _input_size(name))
         # images may have any size; a series of another rate is another one
         if _input_size(name)[1] == 1 and tuple(size) != _input_size(name):
@@ -134,7 +135,7 @@ def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None) ->
                 f'it is of inputs of size {size}, not {_input_size(name)}: load its folder from Python, with '
                 f'timm.create_model("local-dir:{path.parent}", pretrained=True).'
             )
-        overlay = dict(state_dict=read_checkpoint(path), **carried)
+        overlay = dict(state_dict=checkpoint, **carried)
         model = timm.create_model(name, pretrained=True, inference_mode=True, pretrained_cfg_overlay=overlay).eval()
         model.pretrained_cfg.pop('state_dict', None)  # the configuration would keep a second copy
         return model

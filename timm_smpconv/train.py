@@ -150,11 +150,12 @@ class _Run:
         if recipe.initial_checkpoint and not resumed:
             path = Path(recipe.initial_checkpoint)
             checkpoint = read_checkpoint(path)
+            carried = carried_settings(path, self.model.in_chans, checkpoint)
+            carried.pop('input_size', None)
             if recipe.initial_sample_rate:
                 ratio = (recipe.sample_rate or RATE) / recipe.initial_sample_rate
                 checkpoint = change_rate(unwrap_checkpoint(checkpoint), self.model, ratio)
             self.model.load_state_dict(fit_checkpoint(checkpoint, self.model, str(path)))
-            carried = {k: v for k, v in carried_settings(path, self.model.in_chans).items() if k != 'input_size'}
             cfg.update(carried)
             measured = measured and not carried
         self.model.to(device)

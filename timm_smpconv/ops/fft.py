@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from . import direct
 from .context import Keep, is_channels_last, is_trained, to_channels_last
 
-__all__ = ['correlate', 'count_parts', 'fast_len']
+__all__ = ['correlate', 'fast_len', 'plan_parts']
 
 
 def correlate(
@@ -69,8 +69,8 @@ def _smooth_multiple(n: int, factor: int) -> int:
         n += factor
 
 
-def count_parts(batch: int, in_chs: int, out_chs: int, length: int, taps: int) -> int:
-    """Number of parts in which a long sequence is best convolved with a dense kernel.
+def plan_parts(batch: int, in_chs: int, out_chs: int, length: int, taps: int) -> Tuple[int, int]:
+    """In how many parts a long sequence is best convolved with a dense kernel.
 
     A part of S outputs needs transforms of S + taps - 1 points. Parts cost more transforms of the sequences, but
     shorten those of the out_chs x in_chs kernels, which outnumber the sequences of a small batch.
@@ -81,15 +81,18 @@ def count_parts(batch: int, in_chs: int, out_chs: int, length: int, taps: int) -
         out_chs: Output channels.
         length: Steps of a sequence.
         taps: Taps of the kernel.
+
+    Returns:
+        Number of parts, and points of a transform.
     """
-    best, least = 1, float('inf')
+    best, least = (1, 0), float('inf')
     for parts in range(1, 17):  # spelled out: torch.compile of the oldest supported torch knows no min(key=...)
         points = fast_len(-(-length // parts) + taps - 1)
         cost = points * (batch * parts * (in_chs + out_chs) + out_chs * in_chs)
         if parts > 1:
             cost *= 1.1  # a part is also a copy: worth it for a tenth
         if cost < least:
-            best, least = parts, cost
+            best, least = (parts, points), cost
     return best
 
 
@@ -98,7 +101,7 @@ def _correlate_in_parts(
 ) -> torch.Tensor:
     parts = 1
     if x.ndim == 3 and not depthwise:
-        parts = count_parts(x.shape[0], x.shape[1], weight.shape[0], x.shape[2], weight.shape[2])
+        parts, _ = plan_parts(x.shape[0], x.shape[1], weight.shape[0], x.shape[2], weight.shape[2])
     if parts == 1:
         return _apply(x, weight, left, x.shape[2:], depthwise, keep)
     length, taps = x.shape[2], weight.shape[2]

@@ -140,8 +140,7 @@ def choose_backend(
     }
     if x.ndim == 3 and not depthwise and kernels > maps and costs['direct'] > shape[0] * maps * _TRANSFORM:
         # parts shorten the transforms of the kernels, and do not cost less than those of the sequences
-        parts = fft.count_parts(batch, in_chs, out_chs, shape[0], taps[0])
-        points = fft.fast_len(-(-shape[0] // parts) + taps[0] - 1)
+        parts, points = fft.plan_parts(batch, in_chs, out_chs, shape[0], taps[0])
         costs['fft'] = points * (_TRANSFORM * (parts * maps + kernels) + parts * products)
     if x.ndim == 4 and is_channels_last(x):
         costs['fft'] += maps * x.shape[2] * x.shape[3] * _REORDER
