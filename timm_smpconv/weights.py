@@ -149,7 +149,8 @@ WEIGHTS: Dict[str, Weights] = {
         correct=1510,
         tested=1616,
         test_data='recordings of the ten words by speakers that were not trained on, half of the official test split',
-        note='Trained on 2,458 recordings, the other half of that split, where the paper has 34,975: not comparable.',
+        note='Trained on 2,458 recordings, the other half of that split, where the paper has 34,975: not comparable. '
+        'Three seeds: 93.42 % on average, standard deviation 0.59.',
         logits=(-0.894, -1.2862, 0.7639, -0.3262, 3.0244, -0.4561, -0.6736, -0.5333, 0.6543, -0.5387),
     ),
     'smpconv_seq_speech_raw.sc_raw': Weights(
