@@ -6,10 +6,9 @@ import shutil
 # before huggingface_hub is imported: no test of this process asks the real Hub
 os.environ['HF_HUB_OFFLINE'] = '1'
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 if 'PYTEST_XDIST_WORKER_COUNT' in os.environ:  # before torch is imported: tests that run side by side share the cores
-    workers = int(os.environ['PYTEST_XDIST_WORKER_COUNT'])
-    os.environ.setdefault('OMP_NUM_THREADS', str(max(CORES // workers, 1)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(cores // int(os.environ['PYTEST_XDIST_WORKER_COUNT']), 1)))
 
 import torch
 
@@ -38,11 +37,6 @@ SMALLER = {
     'smpconv_tiny': dict(depths=(1, 1, 3, 1)),
     'smpconv_seq_speech_raw': dict(kernel_size=200, radius=0.02),
 }
-
-
-def pytest_xdist_auto_num_workers(config):
-    """A process for each core, and no more than memory has room for: each takes up to some 4 GB."""
-    return min(CORES, 4)
 
 
 def pytest_collection_modifyitems(items):
