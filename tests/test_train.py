@@ -27,6 +27,7 @@ from timm_smpconv.catalog import model_names
 from timm_smpconv.checkpoint import CheckpointError, carried_settings
 from timm_smpconv.convert import convert
 from timm_smpconv.data import load_mnist, load_speech
+from timm_smpconv.features import MFCC
 from timm_smpconv.models.smpconv_seq import change_rate
 from timm_smpconv.predict import load_model
 from timm_smpconv.recipe import Recipe, field_texts, read_recipe, recipe_text
@@ -93,7 +94,8 @@ def _start(config, data_dir, output):
 def test_killed_run_continues(data_dir, tmp_path):
     """kill -9 within an epoch, twice, then the end: weights and log of an unbroken run, bit for bit."""
     data = write_speech(tmp_path / 'data', train=160, test=10)
-    recipe = Recipe('smpconv_seq_speech', epochs=2, **{**SPEECH, **AUGMENTATION, 'batch_size': 4, 'drop': 0.3})
+    kwargs = {**SPEECH, **AUGMENTATION, 'batch_size': 4, 'drop': 0.3, 'kd_model_name': 'smpconv_seq_speech'}
+    recipe = Recipe('smpconv_seq_speech', epochs=2, **kwargs)
     config = tmp_path / 'recipe.yaml'
     config.write_text(recipe_text(recipe))
     whole = train(recipe, data, tmp_path / 'whole', progress=False)
@@ -148,7 +150,7 @@ def test_result_carries_its_statistics(data_dir, tmp_path, name):
     model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     assert model.pretrained_cfg['mean'] == pytest.approx(mean) and model.pretrained_cfg['std'] == pytest.approx(std)
     assert read_metadata(path)['mean'] == mean
-    x = normalize(task.inputs(samples.inputs, None, None), mean, std).double()
+    x = normalize(task.features(task.signal(samples.inputs, None, None), None, None), mean, std).double()
     dims = (0, 2)
     torch.testing.assert_close(x.mean(dims), torch.zeros(x.shape[1]).double(), rtol=0, atol=1e-3)
     torch.testing.assert_close(x.std(dims), torch.ones(x.shape[1]).double(), rtol=0, atol=1e-3)
@@ -273,6 +275,51 @@ def test_mixed_precision(data_dir, tmp_path):
     assert loss == pytest.approx(other, rel=0.05)
 
 
+@pytest.mark.parametrize('mixup', [0.0, 0.4])
+def test_teacher(data_dir, tmp_path, monkeypatch, mixup):
+    """Raw waves are learned with the probabilities that the MFCC network has for the very same waves."""
+    kwargs = dict(kernel_size=50, radius=0.05, dim=4, depth=1)
+    recipe = Recipe(
+        'smpconv_seq_speech_raw', epochs=1, batch_size=8, time_shift=0.1, noise=0.01, mixup=mixup, smoothing=0.1
+    )
+    recipe = dataclasses.replace(recipe, kd_model_name='smpconv_seq_speech', task_loss_weight=0.25, model_kwargs=kwargs)
+    steps = []
+    step = module._Run.train_step
+    monkeypatch.setattr(module._Run, 'train_step', lambda run, *batch: steps.append(batch) or step(run, *batch))
+    path = train(recipe, data_dir, tmp_path / 'run', progress=False)
+    assert _same(path, train(recipe, data_dir, tmp_path / 'again', progress=False))
+
+    teacher = timm.create_model('smpconv_seq_speech', pretrained=True).eval()
+    cfg = teacher.pretrained_cfg
+    for x, target, labels in steps:
+        assert x.shape == (8, 1, 16000) and target.shape == (8, 10)
+        torch.testing.assert_close(target.sum(1), torch.ones(8))
+        taught = (target - 0.25 * F.one_hot(labels, 10)) / 0.75
+        if mixup:  # not the waves, but each one's share of what is learned is mixed
+            assert (target.sort(1).values[:, -2] > 0.01).any()
+            continue
+        with torch.no_grad():
+            wanted = teacher(normalize(MFCC()(x[:, 0]), cfg['mean'], cfg['std'])).softmax(1)
+        torch.testing.assert_close(taught, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_teachers_lesson_is_learned(tmp_path):
+    """Labels that say nothing, and a teacher that tells the recordings apart: its student agrees with it."""
+    data = write_speech(tmp_path / 'data', train=120, test=40)
+    recipe = Recipe('smpconv_seq_speech', epochs=8, **{**SPEECH, 'lr': 1e-2}, model_ema_decay=0.0)
+    train(recipe, data, tmp_path / 'teacher', progress=False)
+    recipe = dataclasses.replace(
+        recipe, kd_model_name=f'local-dir:{tmp_path / "teacher"}', task_loss_weight=0.0, smoothing=0.0
+    )
+    student = train(recipe, data, tmp_path / 'student', progress=False).parent
+    samples, task = load_speech(data, True), TASKS[recipe.model]
+    first, second = (
+        evaluate(timm.create_model(f'local-dir:{folder}', pretrained=True), samples, task, progress=False)
+        for folder in (tmp_path / 'teacher', student)
+    )
+    assert (first == second).float().mean() > 0.5
+
+
 def test_it_learns(tmp_path):
     """Tones that differ in pitch are told apart within seconds."""
     data = write_speech(tmp_path / 'data', train=120, test=40)
@@ -323,6 +370,16 @@ def test_other_recipe_in_the_same_folder(data_dir, tmp_path):
         (dict(model_kwargs=dict(in_chans=2)), 'do not fit the data: .*got .*1, 28, 28'),
         (dict(opt='adahessian'), 'second derivatives'),
         (dict(opt='hope'), 'Optimizer hope not found'),
+        (dict(kd_model_name='hope'), "kd_model_name='hope' cannot teach: Unknown model"),
+        (
+            dict(kd_model_name='smpconv_seq_speech'),
+            "'smpconv_seq_speech' is of other data than smpconv_seq_mnist, which smpconv_seq_mnist, smpconv_seq_pmnist",
+        ),
+        (dict(kd_model_name='smpconv_cifar'), "'smpconv_cifar' is of other data"),
+        (
+            dict(kd_model_name='smpconv_seq_mnist', model_kwargs=dict(num_classes=11)),
+            "'smpconv_seq_mnist' tells 10 classes apart, smpconv_seq_mnist 11",
+        ),
         (dict(opt_kwargs=dict(colour=1)), r"opt='adam', opt_kwargs=\{'colour': 1\} cannot work: .*colour"),
     ],
 )
@@ -443,7 +500,7 @@ def test_mask_spectrogram():
 
 def test_mix():
     x, labels = torch.arange(4.0).reshape(4, 1, 1), torch.tensor([0, 1, 2, 3])
-    mixed, target = _mix(x, labels, 4, np.random.default_rng(0), 0.4)
+    mixed, target = _mix(x, torch.nn.functional.one_hot(labels, 4).float(), np.random.default_rng(0), 0.4)
     torch.testing.assert_close(target.sum(1), torch.ones(4))
     assert torch.equal(target.argmax(1), labels)
     torch.testing.assert_close(mixed.flatten(), target @ torch.arange(4.0))
@@ -525,13 +582,18 @@ def test_numbers_without_a_point(tmp_path):
     [
         dict(clip_grad=-1.0), dict(smoothing=2.0), dict(mixup=-1.0), dict(lr=float('inf')), dict(noise=float('nan')),
         dict(weight_decay=float('nan')), dict(gain=1000.0), dict(time_shift=float('nan')), dict(drop_path=-0.5),
-        dict(time_mask=-5), dict(min_lr=5.0), dict(seed=2**64),
+        dict(time_mask=-5), dict(min_lr=5.0), dict(seed=2**64), dict(task_loss_weight=1.5),
     ],
 )  # fmt: skip
 def test_numbers_that_make_no_sense(fields):
     (name,) = fields
     with pytest.raises(ValueError, match=f'{name} must be'):
         Recipe(**fields)
+
+
+def test_share_of_the_labels_without_a_teacher():
+    with pytest.raises(ValueError, match='beside kd_model_name: give that too'):
+        Recipe(task_loss_weight=0.3)
 
 
 def test_every_field_is_described():

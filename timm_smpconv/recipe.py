@@ -34,6 +34,9 @@ class Recipe:
         amp: Compute in bfloat16 where torch's autocast does.
         smoothing: Label smoothing.
         mixup: Alpha of mixup, 0 for none.
+        kd_model_name: Teacher, with its pretrained weights: a network for the same data, whose class probabilities of
+            the augmented samples are learned beside the labels; none if empty.
+        task_loss_weight: Share of the labels where there is a teacher, whose share is the rest.
         model_ema_decay: Decay of the weight average that is evaluated and kept, 0 for none.
         augment: MNIST: rotate, shift, scale and erase the training images.
         time_shift: Speech: shift by up to so many seconds.
@@ -70,6 +73,8 @@ class Recipe:
     amp: bool = False
     smoothing: float = 0.0
     mixup: float = 0.0
+    kd_model_name: str = ''
+    task_loss_weight: float = 0.5
     model_ema_decay: float = 0.999
     augment: bool = True
     time_shift: float = 0.0
@@ -101,6 +106,7 @@ class Recipe:
             ('input_drop_rate', 0, 1),
             ('smoothing', 0, 1),
             ('mixup', 0, None),
+            ('task_loss_weight', 0, 1),
             ('model_ema_decay', 0, 1),
             ('time_shift', 0, 1),
             ('speed', 0, 0.9),
@@ -123,6 +129,8 @@ class Recipe:
             raise ValueError('pretrained and initial_checkpoint both say where to start: give one of them.')
         if self.initial_sample_rate and not self.initial_checkpoint:
             raise ValueError('initial_sample_rate is that of the network in initial_checkpoint: give that too.')
+        if self.task_loss_weight != Recipe.task_loss_weight and not self.kd_model_name:
+            raise ValueError('task_loss_weight is the share of the labels beside kd_model_name: give that too.')
 
 
 class _Loader(yaml.SafeLoader):

@@ -22,10 +22,11 @@ __all__ = [
     'mask_spectrogram',
     'network_input',
     'normalize',
+    'signal_input',
     'split',
 ]
 
-Inputs = Callable[[torch.Tensor, Optional[Recipe], Optional[torch.Generator]], torch.Tensor]
+Step = Callable[[torch.Tensor, Optional[Recipe], Optional[torch.Generator]], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,9 @@ class Task:
 
     Attributes:
         load: Reads the training or the test part under a data folder.
-        inputs: Stored samples to inputs of the network, not yet normalised; augmented if there is a recipe.
+        signal: Stored samples to images, waves or trajectories; augmented if there is a recipe. Networks that have this
+            in common can teach each other.
+        features: Signals to inputs of the network, not yet normalised; augmented if there is a recipe.
         sound: Samples are recordings of one second at 16 kHz, as 16-bit numbers.
         resampled: Inputs of any number of steps make sense: they are brought to that of the network.
         measured: Inputs are normalised with the statistics of the training data, not with fixed numbers.
@@ -42,7 +45,8 @@ class Task:
     """
 
     load: Callable[[Union[str, Path], bool], Samples]
-    inputs: Inputs
+    signal: Step
+    features: Step
     measured: bool
     options: FrozenSet[str]
     sound: bool = False
@@ -152,8 +156,12 @@ def _waves(raw: torch.Tensor, recipe: Optional[Recipe], generator: Optional[torc
     return augment_waves(waves, recipe, generator) if recipe is not None else waves
 
 
-def _raw_speech(raw: torch.Tensor, recipe: Optional[Recipe], generator: Optional[torch.Generator]) -> torch.Tensor:
-    return _waves(raw, recipe, generator).unsqueeze(1)
+def _as_they_are(signal: torch.Tensor, recipe: Optional[Recipe], generator: Optional[torch.Generator]) -> torch.Tensor:
+    return signal
+
+
+def _one_channel(signal: torch.Tensor, recipe: Optional[Recipe], generator: Optional[torch.Generator]) -> torch.Tensor:
+    return signal.unsqueeze(1)
 
 
 @functools.lru_cache(maxsize=1)
@@ -161,8 +169,8 @@ def _mfcc() -> MFCC:
     return MFCC()
 
 
-def _mfcc_speech(raw: torch.Tensor, recipe: Optional[Recipe], generator: Optional[torch.Generator]) -> torch.Tensor:
-    spectrogram = _mfcc().log_mel(_waves(raw, recipe, generator))
+def _cepstra(signal: torch.Tensor, recipe: Optional[Recipe], generator: Optional[torch.Generator]) -> torch.Tensor:
+    spectrogram = _mfcc().log_mel(signal)
     if recipe is not None:
         spectrogram = mask_spectrogram(spectrogram, recipe, generator)
     return _mfcc().cepstrum(spectrogram)
@@ -175,14 +183,16 @@ def _trajectories(raw: torch.Tensor, recipe: Optional[Recipe], generator: Option
 _WAVE_OPTIONS = frozenset({'time_shift', 'speed', 'gain', 'noise', 'val_percent'})
 _RAW_OPTIONS = _WAVE_OPTIONS | {'sample_rate', 'initial_sample_rate'}
 _MFCC_OPTIONS = _WAVE_OPTIONS | {'time_mask', 'freq_mask', 'masks'}
-_MNIST = Task(load_mnist, _digits, False, frozenset({'augment', 'val_images'}))
+_MNIST = Task(load_mnist, _digits, _as_they_are, False, frozenset({'augment', 'val_images'}))
 
 TASKS: Dict[str, Task] = {
     'smpconv_seq_mnist': _MNIST,
     'smpconv_seq_pmnist': _MNIST,
-    'smpconv_seq_speech': Task(load_speech, _mfcc_speech, True, _MFCC_OPTIONS, sound=True),
-    'smpconv_seq_speech_raw': Task(load_speech, _raw_speech, False, _RAW_OPTIONS, sound=True, resampled=True),
-    'smpconv_seq_chartraj': Task(load_character_trajectories, _trajectories, True, frozenset({'val_percent'})),
+    'smpconv_seq_speech': Task(load_speech, _waves, _cepstra, True, _MFCC_OPTIONS, sound=True),
+    'smpconv_seq_speech_raw': Task(load_speech, _waves, _one_channel, False, _RAW_OPTIONS, sound=True, resampled=True),
+    'smpconv_seq_chartraj': Task(
+        load_character_trajectories, _trajectories, _as_they_are, True, frozenset({'val_percent'})
+    ),
 }
 
 
@@ -219,7 +229,7 @@ def channel_statistics(samples: Samples, task: Task, batch_size: int = 256) -> T
     """Mean and standard deviation of each channel of the network's input, over all samples and steps."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for raw in samples.inputs.split(batch_size):
-        x = task.inputs(raw, None, None).double().transpose(0, 1).flatten(1)
+        x = task.features(task.signal(raw, None, None), None, None).double().transpose(0, 1).flatten(1)
         count += x.shape[1]
         total, squares = total + x.sum(1), squares + x.square().sum(1)
     mean = total / count
@@ -247,7 +257,18 @@ def network_input(
     Returns:
         Input, (B, channels, steps) or (B, channels, height, width).
     """
-    x = task.inputs(raw, recipe, generator)
+    return signal_input(task, task.signal(raw, recipe, generator), cfg, recipe, generator)
+
+
+def signal_input(
+    task: Task,
+    signal: torch.Tensor,
+    cfg: Mapping[str, Any],
+    recipe: Optional[Recipe] = None,
+    generator: Optional[torch.Generator] = None,
+) -> torch.Tensor:
+    """The second half of `network_input`, from what `task.signal` gave."""
+    x = task.features(signal, recipe, generator)
     steps = cfg['input_size'][-1]
     if task.resampled and x.shape[-1] != steps:
         x = resample(x, steps)

@@ -32,7 +32,8 @@ from .data import Samples
 from .models._checkpoint import unwrap_checkpoint
 from .models.smpconv_seq import change_rate
 from .recipe import Recipe, read_recipe, recipe_text
-from .tasks import TASKS, Task, channel_statistics, network_input, split
+from .tasks import TASKS, Task, channel_statistics, network_input, signal_input, split
+from .weights import WeightsError
 
 __all__ = ['check_trainable', 'evaluate', 'train']
 
@@ -128,6 +129,32 @@ def _blaming(**fields: Any) -> Iterator[None]:
         raise ValueError(f'{values} cannot work: {e}') from e
 
 
+class _Teacher:
+    """A trained network whose class probabilities another one learns (Hinton et al., 2015, at temperature 1)."""
+
+    def __init__(self, recipe: Recipe, task: Task, device: torch.device):
+        name = recipe.kd_model_name
+        try:
+            self.model = timm.create_model(name, pretrained=True).eval().to(device)
+        except WeightsError:
+            raise
+        except RuntimeError as e:  # no such model
+            raise ValueError(f'kd_model_name={name!r} cannot teach: {e}') from e
+        self.task = TASKS.get(self.model.pretrained_cfg['architecture'])
+        if self.task is None or self.task.signal is not task.signal:
+            fitting = [other for other, its in TASKS.items() if its.signal is task.signal]
+            raise ValueError(
+                f'kd_model_name={name!r} is of other data than {recipe.model}, which {_listed(fitting)} can teach.'
+            )
+        self.device = device
+
+    @torch.no_grad()
+    def probabilities(self, signal: torch.Tensor) -> torch.Tensor:
+        """Of each class, (B, classes), for what `Task.signal` gave."""
+        x = signal_input(self.task, signal, self.model.pretrained_cfg)
+        return self.model(x.to(self.device)).softmax(1).cpu()
+
+
 class _Run:
     """All that changes in the course of a run, and the checkpoint that holds it."""
 
@@ -135,6 +162,7 @@ class _Run:
         self.recipe, self.output, self.device = recipe, output, device
         self.steps_per_epoch = len(samples) // recipe.batch_size
         self.data = _digest(samples)
+        self.teacher = _Teacher(recipe, task, device) if recipe.kd_model_name else None
         torch.manual_seed(recipe.seed)
         resumed = self._checkpoint_path.exists()
         kwargs = dict(
@@ -383,6 +411,11 @@ def _try_out(run: _Run, task: Task, samples: Samples) -> None:
     """Lets a sample through the network, before anything is written."""
     kwargs = run.recipe.model_kwargs
     classes = int(samples.labels.max()) + 1
+    if run.teacher and run.teacher.model.num_classes != run.model.num_classes:
+        raise ValueError(
+            f'kd_model_name={run.recipe.kd_model_name!r} tells {run.teacher.model.num_classes} classes apart, '
+            f'{run.recipe.model} {run.model.num_classes}: they must be the same ones.'
+        )
     if run.model.num_classes < classes:
         raise ValueError(f'model_kwargs={kwargs} give {run.model.num_classes} classes, the data have {classes}.')
     try:
@@ -404,10 +437,15 @@ def _train_epoch(
         torch.manual_seed(seed)  # dropout
         part = samples[order[i * recipe.batch_size : (i + 1) * recipe.batch_size]]
         generator = torch.Generator().manual_seed(_seed(seed))
-        x = network_input(task, part.inputs, run.model.pretrained_cfg, recipe, generator)
+        signal = task.signal(part.inputs, recipe, generator)
+        x = signal_input(task, signal, run.model.pretrained_cfg, recipe, generator)
         target = part.labels
+        if run.teacher or recipe.mixup:
+            target = F.one_hot(target, run.model.num_classes).float()
+        if run.teacher:
+            target = torch.lerp(run.teacher.probabilities(signal), target, recipe.task_loss_weight)
         if recipe.mixup:
-            x, target = _mix(x, target, run.model.num_classes, np.random.default_rng(seed), recipe.mixup)
+            x, target = _mix(x, target, np.random.default_rng(seed), recipe.mixup)
         run.train_step(*(tensor.to(run.device) for tensor in (x, target, part.labels)))
         run.seconds += time.monotonic() - start
         done = i + 1
@@ -421,12 +459,11 @@ def _train_epoch(
 
 
 def _mix(
-    x: torch.Tensor, labels: torch.Tensor, num_classes: int, rng: np.random.Generator, alpha: float
+    x: torch.Tensor, target: torch.Tensor, rng: np.random.Generator, alpha: float
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Mixup: each sample with the one at its place in the reversed batch; its own share is the larger."""
     share = torch.from_numpy(rng.beta(alpha, alpha, len(x))).float()
     share = torch.maximum(share, 1 - share)
-    target = F.one_hot(labels, num_classes).float()
     target = torch.lerp(target.flip(0), target, share.unsqueeze(1))
     return torch.lerp(x.flip(0), x, share.reshape(-1, *(1,) * (x.ndim - 1))), target
 
