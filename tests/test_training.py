@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
+from timm.task import FeatureDistillationTask, LogitDistillationTask
 from timm.utils import ModelEmaV3
 
 import timm_smpconv  # noqa: F401
@@ -326,3 +327,33 @@ def test_rescaled_kernels(family):
         torch.testing.assert_close(model(x), wanted, rtol=1e-9, atol=1e-9)
     for one, other in zip(kernels(model), kernels(like)):
         assert one.weights.norm().item() == pytest.approx(other.weights.norm().item())
+
+
+@pytest.mark.parametrize('kind', ['logit', 'feature'])
+def test_distillation_by_timm(kind):
+    """train.py's --kd-model-name: a sequence of pixels learns from the network of images, which stays as it is."""
+    student = timm.create_model('smpconv_seq_cifar', depth=1, dim=4, kernel_size=64, radius=0.05)
+    teacher = timm.create_model('smpconv_cifar', pretrained=True)
+    task_class = {'logit': LogitDistillationTask, 'feature': FeatureDistillationTask}[kind]
+    kwargs = dict(temperature=2.0) if kind == 'logit' else {}
+    task = task_class(student, teacher, criterion=torch.nn.CrossEntropyLoss(), task_loss_weight=0.25, **kwargs)
+    before = copy.deepcopy(teacher.state_dict())
+    x, target = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    result = task(x, target)
+    result['loss'].backward()
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in student.parameters())
+    if kind == 'logit':
+        statistics = [
+            torch.tensor(m.pretrained_cfg[key]).reshape(1, 3, 1, 1)
+            for m in (student, teacher)
+            for key in ('std', 'mean')
+        ]
+        images = x * statistics[0] + statistics[1]
+        with torch.no_grad():
+            lesson = (teacher.eval()((images - statistics[3]) / statistics[2]) / 2).softmax(1)
+        log_p = (result['output'] / 2).log_softmax(1)
+        kd = 4 * (lesson * (lesson.log() - log_p)).sum(1).mean()
+        wanted = 0.25 * F.cross_entropy(result['output'], target) + 0.75 * kd
+        torch.testing.assert_close(result['loss'], wanted, rtol=1e-4, atol=1e-5)
