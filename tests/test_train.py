@@ -655,6 +655,26 @@ def test_every_form_of_the_weights_carries_the_statistics(data_dir, tmp_path):
         assert tuple(read_metadata(path)['mean']) == mean
 
 
+def test_a_checkpoint_is_read_once(data_dir, tmp_path, monkeypatch):
+    """A torch file holds the weights and the statistics, and may be large."""
+    name = 'smpconv_seq_chartraj'
+    recipe = Recipe(model=name, epochs=1, **{**SPEECH, 'model_kwargs': {}})
+    train(recipe, data_dir, tmp_path / 'run', progress=False)
+    file = tmp_path / 'run' / 'checkpoint.pt'
+    reads, load = [], torch.load
+    monkeypatch.setattr(torch, 'load', lambda source, **kwargs: reads.append(source) or load(source, **kwargs))
+    for use in (
+        lambda: load_model(name, file),
+        lambda: convert(file, name, tmp_path / 'folder'),
+        lambda: train(
+            dataclasses.replace(recipe, initial_checkpoint=str(file)), data_dir, tmp_path / 'next', progress=False
+        ),
+    ):
+        use()
+        assert len(reads) == 1
+        reads.clear()
+
+
 def test_weights_of_another_rate_are_not_validated(data_dir, tmp_path):
     name = 'smpconv_seq_speech_raw'
     kwargs = dict(kernel_size=500, radius=0.008, small_kernel_size=5)
