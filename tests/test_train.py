@@ -306,7 +306,7 @@ def test_teacher(data_dir, tmp_path, monkeypatch, mixup):
 
 
 def test_teachers_lesson_is_learned(tmp_path):
-    """Labels that say nothing, and a teacher that tells the recordings apart: its student agrees with it."""
+    """Without a share for the labels, the student of a teacher that tells the recordings apart agrees with it."""
     data = write_speech(tmp_path / 'data', train=120, test=40)
     recipe = Recipe('smpconv_seq_speech', epochs=8, **{**SPEECH, 'lr': 1e-2}, model_ema_decay=0.0)
     train(recipe, data, tmp_path / 'teacher', progress=False)
@@ -502,7 +502,7 @@ def test_mask_spectrogram():
 
 def test_mix():
     x, labels = torch.arange(4.0).reshape(4, 1, 1), torch.tensor([0, 1, 2, 3])
-    mixed, target = _mix(x, torch.nn.functional.one_hot(labels, 4).float(), np.random.default_rng(0), 0.4)
+    mixed, target = _mix(x, F.one_hot(labels, 4).float(), np.random.default_rng(0), 0.4)
     torch.testing.assert_close(target.sum(1), torch.ones(4))
     assert torch.equal(target.argmax(1), labels)
     torch.testing.assert_close(mixed.flatten(), target @ torch.arange(4.0))

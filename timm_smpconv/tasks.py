@@ -238,26 +238,9 @@ def channel_statistics(samples: Samples, task: Task, batch_size: int = 256) -> T
     return [float(f'{value:.6g}') for value in mean.tolist()], [float(f'{value:.6g}') for value in std.tolist()]
 
 
-def network_input(
-    task: Task,
-    raw: torch.Tensor,
-    cfg: Mapping[str, Any],
-    recipe: Optional[Recipe] = None,
-    generator: Optional[torch.Generator] = None,
-) -> torch.Tensor:
-    """Stored samples to what a network is called with.
-
-    Args:
-        task: The network's.
-        raw: Stored samples, (B, ...).
-        cfg: Its pretrained configuration: input_size, mean and std.
-        recipe: Says how to augment; None for no augmentation.
-        generator: Source of all randomness of the augmentation.
-
-    Returns:
-        Input, (B, channels, steps) or (B, channels, height, width).
-    """
-    return signal_input(task, task.signal(raw, recipe, generator), cfg, recipe, generator)
+def network_input(task: Task, raw: torch.Tensor, cfg: Mapping[str, Any]) -> torch.Tensor:
+    """Stored samples, (B, ...), to what a network is called with outside training; see `signal_input`."""
+    return signal_input(task, task.signal(raw, None, None), cfg)
 
 
 def signal_input(
@@ -267,7 +250,18 @@ def signal_input(
     recipe: Optional[Recipe] = None,
     generator: Optional[torch.Generator] = None,
 ) -> torch.Tensor:
-    """The second half of `network_input`, from what `task.signal` gave."""
+    """Signals to what a network is called with.
+
+    Args:
+        task: The network's.
+        signal: What `task.signal` gave.
+        cfg: The network's pretrained configuration: input_size, mean and std.
+        recipe: Says how to augment the features; None for no augmentation.
+        generator: Source of all randomness of the augmentation.
+
+    Returns:
+        Input, (B, channels, steps) or (B, channels, height, width).
+    """
     x = task.features(signal, recipe, generator)
     steps = cfg['input_size'][-1]
     if task.resampled and x.shape[-1] != steps:
