@@ -1,6 +1,8 @@
 """Whole networks on a GPU against a CPU: what is chosen there, and the formats that layers keep there."""
 
 import copy
+import runpy
+from pathlib import Path
 
 import pytest
 import timm
@@ -96,3 +98,26 @@ def test_constants_are_made_once():
         assert dft._made_once.cache_info().misses == made
         ops.conv2d(x, weight.requires_grad_()).sum().backward()
         assert dft._made_once.cache_info().misses == made
+
+
+@pytest.mark.parametrize('name', ['smpconv_cifar', 'smpconv_seq_cifar'])
+def test_recorded_steps(name, tmp_path):
+    """Steps of recipes/shipped/train_cifar.py that replay a CUDA graph learn what launched ones learn."""
+    script = runpy.run_path(str(Path(__file__).resolve().parents[1] / 'recipes' / 'shipped' / 'train_cifar.py'))
+    kwargs = dict(dims=(8, 8), kernel_size=9) if name == 'smpconv_cifar' else dict(depth=1, dim=8)
+    opt_kwargs = dict(fallback_no_weight_decay=True, capturable=True)
+    recipe = script['Recipe'](
+        name, [], teacher='smpconv_cifar', task_loss_weight=0.3, kd_temperature=2.0, opt_kwargs=opt_kwargs
+    )
+    phase = script['Phase'](1, 1e-2, model_kwargs=kwargs)
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 10
+    losses = []
+    for graph in (False, True):
+        trainer = script['Trainer'](recipe, tmp_path, images, images, torch.device('cuda'), graph)
+        torch.manual_seed(0)
+        model = script['create'](recipe, phase, None).to('cuda', memory_format=torch.channels_last).train()
+        step = trainer.make_step(model, trainer.make_optimizer(model, phase), phase)
+        x = trainer.normalize(trainer.images).contiguous(memory_format=torch.channels_last)
+        target = torch.nn.functional.one_hot(trainer.labels, 10).float()
+        losses.append([step(x, target).item() for _ in range(8)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2) and losses[1][-1] < losses[1][3] < losses[1][0]

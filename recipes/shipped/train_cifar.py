@@ -1,0 +1,476 @@
+"""Trains the CIFAR-10 networks on one GPU, in minutes.
+
+timm's train.py trains them too (recipes/smpconv_cifar.yaml), but decodes and augments images on the CPU, and launches
+each of the thousands of operations of a step: on a GPU that is what small networks wait for. Here the images lie on the
+GPU and are augmented there, and a step is one CUDA graph, with its optimizer and with what a teacher says. Networks,
+weights, optimizers and the average are those of train.py.
+
+    timm-smpconv data cifar10 data
+    python recipes/shipped/train_cifar.py --config RECIPE.yaml --data data/cifar10 --output output/RUN
+
+A recipe names a network, a teacher (or none) and phases, one after the other, each from the averaged weights of the one
+before. The output folder gets model.safetensors, the average, and log.csv, after every fifth epoch and at the end of a
+phase. The same command continues a run that was stopped, after the last epoch that it has saved.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+from timm.models import load_checkpoint
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from tqdm import tqdm
+
+import timm_smpconv  # noqa: F401  registers the networks
+from timm_smpconv._files import atomic_path, save_tensors
+
+EMA_STEPS = 4  # between updates of the average
+SAVE_SECONDS = 60  # after which an epoch is saved that is not looked at
+
+
+@dataclasses.dataclass
+class Phase:
+    """Epochs with one input size and one course of the learning rate.
+
+    Attributes:
+        epochs: How many.
+        lr: Highest learning rate, reached after `warmup` steps; a cosine leads down from it.
+        min_lr: Learning rate of the last step.
+        size: Height and width of the images of the network; the teacher gets them whole.
+        model_kwargs: Arguments of the network.
+        cutmix: Share of the images into which a rectangle of another one is put.
+        batch_size: Images of a step.
+        warmup: Steps.
+        weight_decay: Of the optimizer.
+        model_ema_decay: Decay of the average of the weights in a step.
+    """
+
+    epochs: int
+    lr: float
+    min_lr: float = 1e-5
+    size: Tuple[int, int] = (32, 32)
+    model_kwargs: Dict[str, object] = dataclasses.field(default_factory=dict)
+    cutmix: float = 0.0
+    batch_size: int = 512
+    warmup: int = 100
+    weight_decay: float = 0.1
+    model_ema_decay: float = 0.998
+
+
+@dataclasses.dataclass
+class Recipe:
+    """A run.
+
+    Attributes:
+        model: Name of a network, or 'resnet18', which gets a stem for small images.
+        phases: What it goes through.
+        pretrained: Begin with the bundled weights.
+        initial_checkpoint: File to begin with.
+        teacher: NAME of a network with bundled weights, or NAME:FILE; '' for none.
+        ask_once: Ask the teacher about each image as it is, once, and not about what is made of it in each step. For a
+            CPU, where a teacher may take longer than what it teaches.
+        task_loss_weight: Share of the labels in the loss, beside the teacher's.
+        kd_temperature: Temperature of the teacher's answers.
+        smoothing: Label smoothing.
+        opt: Name of the optimizer in timm.
+        opt_kwargs: Its arguments.
+        seed: Of everything random.
+    """
+
+    model: str
+    phases: List[Phase]
+    pretrained: bool = False
+    initial_checkpoint: str = ''
+    teacher: str = ''
+    ask_once: bool = False
+    task_loss_weight: float = 1.0
+    kd_temperature: float = 1.0
+    smoothing: float = 0.0
+    opt: str = 'nmuon'
+    opt_kwargs: Dict[str, object] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+
+    @classmethod
+    def read(cls, path: Path) -> 'Recipe':
+        """From YAML."""
+        fields = yaml.safe_load(path.read_text())
+        return cls(**{**fields, 'phases': [Phase(**phase) for phase in fields['phases']]})
+
+
+Arrays = Tuple[torch.Tensor, torch.Tensor]  # images (N, 3, 32, 32), uint8, and labels (N,)
+
+
+def _decode(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert('RGB'))
+
+
+def load_images(folder: Path, hold_out: int) -> Tuple[Arrays, Arrays]:
+    """The images of CLASS/*, less the last `hold_out` of each class, and those."""
+    parts: Tuple[List[np.ndarray], List[np.ndarray]] = ([], [])
+    labels: Tuple[List[int], List[int]] = ([], [])
+    with ThreadPoolExecutor() as pool:
+        for label, name in enumerate(sorted(path.name for path in folder.iterdir())):
+            images = list(pool.map(_decode, sorted((folder / name).iterdir())))
+            count = len(images) - hold_out
+            for i, some in enumerate((images[:count], images[count:])):
+                parts[i].extend(some)
+                labels[i].extend([label] * len(some))
+    train, held = (
+        (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(numbers))
+        for images, numbers in zip(parts, labels)
+    )
+    return train, held
+
+
+def crop_and_flip(images: torch.Tensor, padding: int = 4) -> torch.Tensor:
+    """Shifts each image by up to `padding` pixels, with its mirror image beyond the border, and flips half of them."""
+    count, _, height, width = images.shape
+    batch = torch.arange(count, device=images.device)
+
+    def places(size: int) -> torch.Tensor:
+        shift = torch.randint(-padding, padding + 1, (count, 1), device=images.device)
+        place = torch.arange(size, device=images.device) + shift
+        return (size - 1) - (size - 1 - place.abs()).abs()  # reflected at both ends
+
+    rows, columns = places(height), places(width)
+    flip = torch.rand(count, 1, device=images.device) < 0.5
+    columns = torch.where(flip, columns.flip(1), columns)
+    pixels = images.permute(0, 2, 3, 1)[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return pixels.permute(0, 3, 1, 2)
+
+
+def cutmix(x: torch.Tensor, target: torch.Tensor, share: float) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Puts a rectangle of another image into a share of the images (Yun et al., 2019), of a uniformly drawn area."""
+    count, _, height, width = x.shape
+    device = x.device
+    side = (torch.rand(count, 1, device=device) * (torch.rand(count, 1, device=device) < share)).sqrt()
+
+    def inside(size: int) -> torch.Tensor:
+        middle = torch.rand(count, 1, device=device) * size
+        place = torch.arange(size, device=device) + 0.5
+        return (place - middle).abs() < side * size / 2
+
+    mask = inside(height)[:, :, None] & inside(width)[:, None, :]
+    mixed = torch.where(mask.unsqueeze(1), x.roll(1, 0), x)
+    other = mask.flatten(1).float().mean(1, keepdim=True)
+    return mixed, torch.lerp(target, target.roll(1, 0), other)
+
+
+class GraphedStep:
+    """A training step that is recorded as a CUDA graph in its fourth call, and replayed from then on.
+
+    The first calls are steps like all others, by which everything that is made once gets made.
+    """
+
+    def __init__(self, step: Callable[..., torch.Tensor], enabled: bool = True):
+        """
+        Args:
+            step: Works on what its tensors and its arguments hold, and launches all that it does on the GPU.
+            enabled: False for steps that are never recorded.
+        """
+        self.step, self.enabled = step, enabled
+        self.calls = 0
+        self.graph: Optional[torch.cuda.CUDAGraph] = None
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        if not self.enabled:
+            return self.step(*inputs)
+        self.calls += 1
+        if self.calls < 4:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = self.step(*inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if self.graph is None:
+            self.inputs = [x.clone() for x in inputs]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.result = self.step(*self.inputs)
+        for own, x in zip(self.inputs, inputs):
+            own.copy_(x)
+        self.graph.replay()
+        return self.result
+
+
+def create_network(name: str, **kwargs: object) -> nn.Module:
+    """timm's networks, and its ResNet-18 with a stem that keeps the resolution of small images."""
+    if name != 'resnet18':
+        return timm.create_model(name, **kwargs)
+    model = timm.create_model(name, num_classes=10)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu')
+    model.maxpool = nn.Identity()
+    checkpoint = kwargs.pop('checkpoint_path', '')
+    if checkpoint:
+        load_checkpoint(model, str(checkpoint))
+    return model
+
+
+def create_teacher(name: str) -> nn.Module:
+    """The network that a recipe names as its teacher, to be asked only."""
+    name, _, file = name.partition(':')
+    model = create_network(name, pretrained=not file, checkpoint_path=file).eval()
+    if hasattr(model, 'reparameterize'):
+        model.reparameterize()
+    return model.requires_grad_(False)
+
+
+def create(recipe: Recipe, phase: Phase, weights: Optional[Dict[str, torch.Tensor]]) -> nn.Module:
+    """The network of a phase, with the weights of the phase before if there are any."""
+    first = weights is None
+    model = create_network(
+        recipe.model,
+        pretrained=recipe.pretrained and first,
+        checkpoint_path=recipe.initial_checkpoint if first else '',
+        **phase.model_kwargs,
+    )
+    if weights is not None:
+        model.load_state_dict(weights)
+    return model
+
+
+@contextlib.contextmanager
+def _autocast(device: torch.device) -> Iterator[None]:
+    with torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False):
+        yield
+
+
+class Trainer:
+    """A network, and what its steps need."""
+
+    def __init__(
+        self, recipe: Recipe, output: Path, train: Arrays, held: Arrays, device: torch.device, graph: bool = True
+    ):
+        self.recipe, self.output, self.device = recipe, output, device
+        self.graph = graph and device.type == 'cuda'
+        self.images, self.labels = (part.to(device) for part in train)
+        self.held_images, self.held_labels = (part.to(device) for part in held)
+        # that of ImageNet, as all of the networks have it, for numbers up to 255
+        self.mean = torch.tensor([0.485, 0.456, 0.406], device=device).mul(255).reshape(3, 1, 1)
+        self.std = torch.tensor([0.229, 0.224, 0.225], device=device).mul(255).reshape(3, 1, 1)
+        self.rows: List[Dict[str, str]] = []
+        self.teacher: Optional[nn.Module] = None
+        if recipe.teacher:
+            self.teacher = create_teacher(recipe.teacher).to(device, memory_format=torch.channels_last)
+        self.answers: Optional[torch.Tensor] = None
+        if recipe.ask_once:
+            parts = tqdm(self.images.split(100), unit='batch', desc='teacher', mininterval=5)
+            self.answers = torch.cat([self.ask(self.normalize(part)) for part in parts])
+
+    @torch.no_grad()
+    def ask(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of the teacher."""
+        with _autocast(self.device):
+            return self.teacher(x).float()
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 to the range of the networks."""
+        return (images.float() - self.mean) / self.std
+
+    def resize(self, x: torch.Tensor, phase: Phase) -> torch.Tensor:
+        """Means over pixels."""
+        factors = [have // want for have, want in zip(x.shape[2:], phase.size)]
+        return x if factors == [1, 1] else F.avg_pool2d(x, factors)
+
+    @torch.inference_mode()
+    def evaluate(self, model: nn.Module, phase: Phase) -> float:
+        """Share of the held-out images that are right."""
+        model.eval()
+        hits = 0
+        for images, labels in zip(self.held_images.split(500), self.held_labels.split(500)):
+            with _autocast(self.device):
+                logits = model(self.resize(self.normalize(images), phase))
+            hits += int((logits.argmax(1) == labels).sum())
+        return hits / max(len(self.held_labels), 1)
+
+    def make_optimizer(self, model: nn.Module, phase: Phase) -> torch.optim.Optimizer:
+        """timm's, with learning rates that a recorded step can read, where the optimizer can be recorded too."""
+        kwargs = dict(self.recipe.opt_kwargs, lr=phase.lr, weight_decay=phase.weight_decay)
+        if not self.graph:
+            kwargs.pop('capturable', None)
+        optimizer = create_optimizer_v2(model, self.recipe.opt, **kwargs)
+        if _is_capturable(optimizer):
+            for group in optimizer.param_groups:
+                group['lr'] = torch.tensor(phase.lr, device=self.device)
+        return optimizer
+
+    def make_step(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, phase: Phase
+    ) -> Callable[..., torch.Tensor]:
+        """Loss of normalised images, class probabilities and, if it is asked once, the teacher's logits; updates."""
+        recipe, captured = self.recipe, _is_capturable(optimizer)
+        temperature, share = recipe.kd_temperature, recipe.task_loss_weight if self.teacher else 1.0
+
+        def compute(x: torch.Tensor, target: torch.Tensor, *answer: torch.Tensor) -> torch.Tensor:
+            optimizer.zero_grad()
+            with _autocast(self.device):
+                logits = model(self.resize(x, phase)).float()
+            loss = share * F.cross_entropy(logits, target, label_smoothing=recipe.smoothing)
+            if self.teacher:
+                lesson = ((answer[0] if answer else self.ask(x)) / temperature).softmax(1)
+                loss = loss + (1 - share) * temperature**2 * F.cross_entropy(logits / temperature, lesson)
+            loss.backward()
+            if captured:
+                optimizer.step()
+            return loss.detach()
+
+        graphed = GraphedStep(compute, self.graph)
+
+        def step(*inputs: torch.Tensor) -> torch.Tensor:
+            loss = graphed(*inputs)
+            if not captured:
+                optimizer.step()
+            return loss
+
+        return step
+
+    def run(self) -> None:
+        """All phases, or the rest of them."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(self.recipe.seed)
+        saved, weights = self.read_checkpoint(), None
+        for number, phase in enumerate(self.recipe.phases):
+            if not saved or number >= saved['phase']:
+                here = saved if saved and number == saved['phase'] else None
+                weights = self.run_phase(number, phase, weights, here)
+
+    def run_phase(
+        self, number: int, phase: Phase, weights: Optional[Dict[str, torch.Tensor]], saved: Optional[Dict[str, Any]]
+    ) -> Dict[str, torch.Tensor]:
+        """A phase, or the rest of it; returns the averaged weights."""
+        device = self.device
+        model = create(self.recipe, phase, weights).to(device, memory_format=torch.channels_last)
+        optimizer = self.make_optimizer(model, phase)
+        rates = [group.get('lr_scale', 1.0) for group in optimizer.param_groups]
+        ema = ModelEmaV3(model, decay=phase.model_ema_decay**EMA_STEPS)
+        if saved:
+            model.load_state_dict(saved['state_dict'])
+            optimizer.load_state_dict(saved['optimizer'])
+            ema.module.load_state_dict(saved['state_dict_ema'])
+            self.rows = saved['rows']
+            torch.set_rng_state(saved['rng'].cpu())
+            if device.type == 'cuda':
+                torch.cuda.set_rng_state(saved['rng_cuda'].cpu(), device)
+        step = self.make_step(model, optimizer, phase)
+        steps = len(self.labels) // phase.batch_size
+        total, first = steps * phase.epochs, saved['epoch'] if saved else 0
+        done = first * steps
+        bar = tqdm(total=total * phase.batch_size, initial=done * phase.batch_size, unit='image', unit_scale=True)
+        saved_at = time.monotonic()
+        for epoch in range(first, phase.epochs):
+            model.train()
+            bar.set_description(f'phase {number + 1}/{len(self.recipe.phases)} epoch {epoch + 1}/{phase.epochs}')
+            start, losses = time.monotonic(), torch.zeros((), device=device)
+            for part in torch.randperm(len(self.labels), device=device)[: steps * phase.batch_size].chunk(steps):
+                lr = _rate(phase, done, total)
+                for group, scale in zip(optimizer.param_groups, rates):
+                    if torch.is_tensor(group['lr']):
+                        group['lr'].fill_(lr * scale)
+                    else:
+                        group['lr'] = lr * scale
+                x = self.normalize(crop_and_flip(self.images[part]))
+                target = F.one_hot(self.labels[part], 10).float()
+                if phase.cutmix:
+                    x, target = cutmix(x, target, phase.cutmix)
+                answer = [] if self.answers is None else [self.answers[part]]
+                losses += step(x.contiguous(memory_format=torch.channels_last), target, *answer)
+                done += 1
+                if done % EMA_STEPS == 0:
+                    ema.update(model)
+                bar.update(phase.batch_size)
+            loss = losses.item() / steps
+            seconds = time.monotonic() - start
+            if not math.isfinite(loss):
+                raise FloatingPointError(f'The loss is {loss} in epoch {epoch}: lower lr.')
+            row = dict(phase=number, epoch=epoch, lr=f'{lr:.3e}', train_loss=f'{loss:.4f}', val_accuracy='')
+            look = epoch % 5 == 4 or epoch + 1 == phase.epochs
+            if look:
+                row['val_accuracy'] = f'{self.evaluate(ema.module, phase):.4f}'
+                bar.set_postfix(val_accuracy=row['val_accuracy'])
+            row.update(seconds=f'{seconds:.2f}', images_per_second=f'{steps * phase.batch_size / seconds:.0f}')
+            self.rows.append({key: str(value) for key, value in row.items()})
+            if look or time.monotonic() - saved_at > SAVE_SECONDS:
+                self.save(number, epoch + 1, model, optimizer, ema.module)
+                saved_at = time.monotonic()
+        bar.close()
+        return {key: value.clone() for key, value in ema.module.state_dict().items()}
+
+    def save(
+        self, phase: int, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module
+    ) -> None:
+        """Checkpoint after so many epochs of a phase, the average on its own, and the log."""
+        checkpoint = dict(
+            recipe=dataclasses.asdict(self.recipe),
+            phase=phase,
+            epoch=epoch,
+            state_dict=model.state_dict(),
+            optimizer=optimizer.state_dict(),
+            state_dict_ema=average.state_dict(),
+            rows=self.rows,
+            rng=torch.get_rng_state(),
+            rng_cuda=torch.cuda.get_rng_state(self.device) if self.device.type == 'cuda' else None,
+        )
+        with atomic_path(self.output / 'checkpoint.pt') as part:
+            torch.save(checkpoint, part)
+        save_tensors(self.output / 'model.safetensors', average.state_dict())
+        with atomic_path(self.output / 'log.csv') as part, part.open('w', newline='') as file:
+            writer = csv.DictWriter(file, list(self.rows[0]))
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def read_checkpoint(self) -> Optional[Dict[str, Any]]:
+        """What a run in this folder has saved."""
+        path = self.output / 'checkpoint.pt'
+        if not path.exists():
+            return None
+        saved = torch.load(path, map_location=self.device, weights_only=True)
+        if saved['recipe'] != dataclasses.asdict(self.recipe):
+            raise ValueError(f'{self.output} holds a run of another recipe: choose another output folder.')
+        return saved
+
+
+def _is_capturable(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer.defaults.get('capturable'))
+
+
+def _rate(phase: Phase, step: int, total: int) -> float:
+    if step < phase.warmup:
+        return phase.lr * (step + 1) / phase.warmup
+    progress = (step - phase.warmup) / max(total - phase.warmup - 1, 1)
+    return phase.min_lr + (phase.lr - phase.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--config', type=Path, required=True, help='the recipe')
+    parser.add_argument('--data', type=Path, required=True, help='folder with train/CLASS/*')
+    parser.add_argument('--hold-out', type=int, default=200, help='images of each class that are not trained on')
+    parser.add_argument('--output', type=Path, required=True)
+    parser.add_argument('--device', default='cuda')
+    parser.add_argument('--no-graph', action='store_true', help='launch the operations of each step one by one')
+    args = parser.parse_args(argv)
+    torch.set_float32_matmul_precision('high')  # as in train.py
+    torch.backends.cudnn.benchmark = True
+    train, held = load_images(args.data / 'train', args.hold_out)
+    recipe, device = Recipe.read(args.config), torch.device(args.device)
+    Trainer(recipe, args.output, train, held, device, not args.no_graph).run()
+
+
+if __name__ == '__main__':
+    main()

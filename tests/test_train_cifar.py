@@ -1,0 +1,138 @@
+"""recipes/shipped/train_cifar.py: augmentation, a teacher, phases, and going on after an interruption."""
+
+import csv
+import dataclasses
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).resolve().parents[1] / 'recipes' / 'shipped' / 'train_cifar.py'
+
+
+@pytest.fixture(scope='module')
+def script():
+    """What it defines."""
+    return runpy.run_path(str(SCRIPT))
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Ten classes of six images, each class of its own colour."""
+    folder = tmp_path_factory.mktemp('cifar')
+    rng = np.random.default_rng(0)
+    for label in range(10):
+        (folder / 'train' / f'class{label}').mkdir(parents=True)
+        for i in range(6):
+            image = rng.integers(0, 60, (32, 32, 3)) + 19 * np.array([label, 9 - label, label % 3])
+            Image.fromarray(image.astype(np.uint8)).save(folder / 'train' / f'class{label}' / f'{i}.png')
+    return folder
+
+
+def test_crops(script):
+    """Each result is one of the windows of the image with its mirror image around it, or the mirror image of one."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+    padded = F.pad(images.float(), (4, 4, 4, 4), mode='reflect').byte()
+    seen = set()
+    for one, wanted in zip(script['crop_and_flip'](images), padded):
+        fitting = [
+            (y, x, flip)
+            for flip in (False, True)
+            for y in range(9)
+            for x in range(9)
+            if torch.equal(one.flip(2) if flip else one, wanted[:, y : y + 32, x : x + 32])
+        ]
+        assert len(fitting) == 1
+        seen.add(fitting[0])
+    assert len(seen) > 40 and {flip for _, _, flip in seen} == {False, True}
+
+
+def test_cutmix(script):
+    """Targets have the share of the pixels that are another image's; a share of the images stays whole."""
+    torch.manual_seed(0)
+    x = torch.arange(200.0).reshape(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    mixed, target = script['cutmix'](x, torch.eye(200), 0.5)
+    own = torch.arange(200)
+    share = (mixed == own.reshape(-1, 1, 1, 1)).float().mean((1, 2, 3))
+    torch.testing.assert_close(target[own, own], share)
+    torch.testing.assert_close(target[own, own - 1], 1 - share)
+    assert ((mixed == own.reshape(-1, 1, 1, 1)) | (mixed == (own - 1).remainder(200).reshape(-1, 1, 1, 1))).all()
+    assert 70 < (share == 1).sum() < 130 and share.min() < 0.3
+
+
+def test_teacher_phases_and_resume(script, data, tmp_path, monkeypatch):
+    """A ResNet is trained and teaches; a run that is killed within its second phase ends like an unbroken one."""
+
+    def run(name, recipe, output):
+        (tmp_path / f'{name}.yaml').write_text(yaml.safe_dump(recipe))
+        args = ['--config', tmp_path / f'{name}.yaml', '--data', data, '--output', tmp_path / output]
+        script['main']([*map(str, args), '--hold-out', '1', '--device', 'cpu'])
+        return load_file(tmp_path / output / 'model.safetensors')
+
+    phase = dict(epochs=6, lr=0.05, weight_decay=5e-4, batch_size=25, warmup=2, model_ema_decay=0.5)
+    run('teacher', dict(model='resnet18', opt='sgd', smoothing=0.1, phases=[phase]), 'teacher')
+    phase = dict(phase, lr=5e-3, weight_decay=0.1)
+    kwargs = dict(depth=1, dim=8, radius=0.05)
+    student = dict(
+        model='smpconv_seq_cifar',
+        teacher=f'resnet18:{tmp_path / "teacher" / "model.safetensors"}',
+        task_loss_weight=0.3,
+        kd_temperature=2.0,
+        opt_kwargs=dict(fallback_no_weight_decay=True, capturable=True),
+        phases=[
+            dict(phase, epochs=2, size=[32, 8], cutmix=0.5, model_kwargs=dict(kwargs, kernel_size=256)),
+            dict(phase, model_kwargs=dict(kwargs, kernel_size=1024)),
+        ],
+    )
+    whole = run('student', student, 'whole')
+    log = list(csv.DictReader((tmp_path / 'whole' / 'log.csv').open()))
+    assert [(row['phase'], row['epoch']) for row in log] == [('0', '0'), ('0', '1'), *(('1', str(i)) for i in range(6))]
+    assert float(log[-1]['train_loss']) < float(log[2]['train_loss'])
+    model = timm.create_model('smpconv_seq_cifar', checkpoint_path=str(tmp_path / 'whole/model.safetensors'), **kwargs)
+    assert all(torch.equal(value, whole[key]) for key, value in model.state_dict().items())
+
+    save, trainer = script['Trainer'].save, script['Trainer']
+
+    def save_and_die(self, phase, epoch, *args):
+        save(self, phase, epoch, *args)
+        if phase == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, 'save', save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        run('student', student, 'broken')
+    monkeypatch.setattr(trainer, 'save', save)
+    again = run('student', student, 'broken')
+    assert all(torch.equal(value, again[key]) for key, value in whole.items())
+    with pytest.raises(ValueError, match='another recipe'):
+        run('student', dict(student, seed=1), 'broken')
+
+
+def test_asked_once(script, data, tmp_path):
+    """Of images that are not changed, a teacher that is asked once says what one says that is asked in each step."""
+    recipe = script['Recipe']('smpconv_seq_cifar', [], teacher='smpconv_cifar', kd_temperature=2.0)
+    train, held = script['load_images'](data / 'train', 1)
+    assert len(train[1]) == 50 and held[1].tolist() == list(range(10))
+    losses = []
+    for once in (False, True):
+        recipe = dataclasses.replace(recipe, ask_once=once, task_loss_weight=0.3)
+        trainer = script['Trainer'](recipe, tmp_path, train, held, torch.device('cpu'))
+        phase = script['Phase'](1, 1e-3, model_kwargs=dict(depth=1, dim=8, kernel_size=64))
+        torch.manual_seed(0)
+        model = script['create'](recipe, phase, None).train()
+        step = trainer.make_step(model, trainer.make_optimizer(model, phase), phase)
+        x, target = trainer.normalize(train[0][:20]), F.one_hot(train[1][:20], 10).float()
+        losses.append(step(x, target, *([trainer.answers[:20]] if once else [])).item())
+    lesson = trainer.teacher(x).div(2).softmax(1)
+    torch.manual_seed(0)
+    logits = script['create'](recipe, phase, None).train()(x)
+    wanted = 0.3 * F.cross_entropy(logits, target) + 0.7 * 4 * F.cross_entropy(logits / 2, lesson)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2) == pytest.approx(wanted.item(), rel=2e-2)
