@@ -136,3 +136,24 @@ def test_asked_once(script, data, tmp_path):
     logits = script['create'](recipe, phase, None).train()(x)
     wanted = 0.3 * F.cross_entropy(logits, target) + 0.7 * 4 * F.cross_entropy(logits / 2, lesson)
     assert losses[0] == pytest.approx(losses[1], rel=1e-2) == pytest.approx(wanted.item(), rel=2e-2)
+
+
+def test_recipes_that_cannot_work(script):
+    phase = script['Phase']
+    with pytest.raises(ValueError, match='divide'):
+        phase(1, 1e-3, size=(32, 12))
+    for kwargs in (dict(phases=[phase(1, 1e-3)]), dict(phases=[phase(1, 1e-3, cutmix=0.5)], teacher='smpconv_cifar')):
+        with pytest.raises(ValueError, match='ask_once'):
+            script['Recipe']('smpconv_seq_cifar', ask_once=True, **kwargs)
+    with pytest.raises(ValueError, match='resnet18:FILE'):
+        script['create_teacher']('resnet18')
+
+
+def test_shipped_recipes(script):
+    """Those for the script can be read, and name themselves in their heads."""
+    folder = SCRIPT.parent
+    files = [path for path in folder.rglob('*.yaml') if 'train_cifar.py --config' in path.read_text()]
+    assert len(files) >= 4
+    for path in files:
+        recipe = script['Recipe'].read(path)
+        assert recipe.phases and f'--config recipes/shipped/{path.relative_to(folder)}' in path.read_text()

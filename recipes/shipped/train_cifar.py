@@ -70,6 +70,10 @@ class Phase:
     weight_decay: float = 0.1
     model_ema_decay: float = 0.998
 
+    def __post_init__(self) -> None:
+        if any(n < 1 or 32 % n for n in self.size):
+            raise ValueError(f'size must divide 32 x 32, got {self.size}.')
+
 
 @dataclasses.dataclass
 class Recipe:
@@ -103,6 +107,10 @@ class Recipe:
     opt: str = 'nmuon'
     opt_kwargs: Dict[str, object] = dataclasses.field(default_factory=dict)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.ask_once and (not self.teacher or any(phase.cutmix for phase in self.phases)):
+            raise ValueError('ask_once needs a teacher and no cutmix: an answer is about an image as it is.')
 
     @classmethod
     def read(cls, path: Path) -> 'Recipe':
@@ -212,11 +220,13 @@ def create_network(name: str, **kwargs: object) -> nn.Module:
     """timm's networks, and its ResNet-18 with a stem that keeps the resolution of small images."""
     if name != 'resnet18':
         return timm.create_model(name, **kwargs)
-    model = timm.create_model(name, num_classes=10)
+    checkpoint = kwargs.pop('checkpoint_path', '')
+    if kwargs.pop('pretrained', False):
+        raise ValueError("resnet18 comes without weights for small images: name a file of them, as 'resnet18:FILE'.")
+    model = timm.create_model(name, num_classes=10, **kwargs)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu')
     model.maxpool = nn.Identity()
-    checkpoint = kwargs.pop('checkpoint_path', '')
     if checkpoint:
         load_checkpoint(model, str(checkpoint))
     return model
