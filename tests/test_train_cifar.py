@@ -138,6 +138,22 @@ def test_asked_once(script, data, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-2) == pytest.approx(wanted.item(), rel=2e-2)
 
 
+def test_nothing_held_out(script, data, tmp_path):
+    """All images are trained on, and no accuracy is claimed."""
+    (train, held) = script['load_images'](data / 'train', 0)
+    assert len(train[1]) == 60 and held[0].shape == (0, 3, 32, 32)
+    phases = [script['Phase'](1, 1e-3, batch_size=n, model_kwargs=dict(depth=1, dim=4)) for n in (30, 61)]
+    for phase in phases:
+        recipe = script['Recipe']('smpconv_seq_cifar', [phase])
+        trainer = script['Trainer'](recipe, tmp_path / str(phase.batch_size), train, held, torch.device('cpu'))
+        if phase.batch_size > 60:
+            with pytest.raises(ValueError, match='lower batch_size'):
+                trainer.run()
+        else:
+            trainer.run()
+            assert [row['val_accuracy'] for row in trainer.rows] == ['']
+
+
 def test_recipes_that_cannot_work(script):
     phase = script['Phase']
     with pytest.raises(ValueError, match='divide'):

@@ -14,14 +14,13 @@ phase. The same command continues a run that was stopped, after the last epoch t
 """
 
 import argparse
-import contextlib
 import csv
 import dataclasses
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import timm
@@ -138,7 +137,8 @@ def load_images(folder: Path, hold_out: int) -> Tuple[Arrays, Arrays]:
                 parts[i].extend(some)
                 labels[i].extend([label] * len(some))
     train, held = (
-        (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(numbers))
+        # of no images too
+        (torch.from_numpy(np.array(images, np.uint8).reshape(-1, 32, 32, 3)).permute(0, 3, 1, 2), torch.tensor(numbers))
         for images, numbers in zip(parts, labels)
     )
     return train, held
@@ -162,7 +162,10 @@ def crop_and_flip(images: torch.Tensor, padding: int = 4) -> torch.Tensor:
 
 
 def cutmix(x: torch.Tensor, target: torch.Tensor, share: float) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Puts a rectangle of another image into a share of the images (Yun et al., 2019), of a uniformly drawn area."""
+    """Puts a rectangle of another image into a share of the images (Yun et al., 2019), of a uniformly drawn area.
+
+    timm's Mixup draws one rectangle for a batch, or in a loop over its images, on the CPU.
+    """
     count, _, height, width = x.shape
     device = x.device
     side = (torch.rand(count, 1, device=device) * (torch.rand(count, 1, device=device) < share)).sqrt()
@@ -255,10 +258,8 @@ def create(recipe: Recipe, phase: Phase, weights: Optional[Dict[str, torch.Tenso
     return model
 
 
-@contextlib.contextmanager
-def _autocast(device: torch.device) -> Iterator[None]:
-    with torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False):
-        yield
+def _autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)  # a graph must not keep casts
 
 
 class Trainer:
@@ -307,7 +308,7 @@ class Trainer:
             with _autocast(self.device):
                 logits = model(self.resize(self.normalize(images), phase))
             hits += int((logits.argmax(1) == labels).sum())
-        return hits / max(len(self.held_labels), 1)
+        return hits / len(self.held_labels)
 
     def make_optimizer(self, model: nn.Module, phase: Phase) -> torch.optim.Optimizer:
         """timm's, with learning rates that a recorded step can read, where the optimizer can be recorded too."""
@@ -379,6 +380,10 @@ class Trainer:
                 torch.cuda.set_rng_state(saved['rng_cuda'].cpu(), device)
         step = self.make_step(model, optimizer, phase)
         steps = len(self.labels) // phase.batch_size
+        if not steps:
+            raise ValueError(
+                f'{len(self.labels)} images are too few for a batch of {phase.batch_size}: lower batch_size.'
+            )
         total, first = steps * phase.epochs, saved['epoch'] if saved else 0
         done = first * steps
         bar = tqdm(total=total * phase.batch_size, initial=done * phase.batch_size, unit='image', unit_scale=True)
@@ -410,7 +415,7 @@ class Trainer:
                 raise FloatingPointError(f'The loss is {loss} in epoch {epoch}: lower lr.')
             row = dict(phase=number, epoch=epoch, lr=f'{lr:.3e}', train_loss=f'{loss:.4f}', val_accuracy='')
             look = epoch % 5 == 4 or epoch + 1 == phase.epochs
-            if look:
+            if look and len(self.held_labels):
                 row['val_accuracy'] = f'{self.evaluate(ema.module, phase):.4f}'
                 bar.set_postfix(val_accuracy=row['val_accuracy'])
             row.update(seconds=f'{seconds:.2f}', images_per_second=f'{steps * phase.batch_size / seconds:.0f}')
@@ -460,6 +465,7 @@ def _is_capturable(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _rate(phase: Phase, step: int, total: int) -> float:
+    """Of a step; timm's schedulers would put numbers in the place of the tensors that a recorded step reads."""
     if step < phase.warmup:
         return phase.lr * (step + 1) / phase.warmup
     progress = (step - phase.warmup) / max(total - phase.warmup - 1, 1)
