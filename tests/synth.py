@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.numpy import load_file
 from torch import nn
 
@@ -102,3 +103,13 @@ def randomize_norms(model, seed=0):
                 module.weight.copy_(0.5 + torch.rand(n, generator=generator))
                 module.bias.copy_(0.1 * torch.randn(n, generator=generator))
     return model
+
+
+def write_images(folder, count):
+    """CLASS/*.png of 32 x 32 pixels: ten classes of `count` images, each class of its own colour."""
+    rng = np.random.default_rng(0)
+    for label in range(10):
+        (folder / f'class{label}').mkdir(parents=True)
+        for i in range(count):
+            image = rng.integers(0, 60, (32, 32, 3)) + 19 * np.array([label, 9 - label, label % 3])
+            Image.fromarray(image.astype(np.uint8)).save(folder / f'class{label}' / f'{i}.png')

@@ -102,8 +102,8 @@ def test_constants_are_made_once():
 
 @pytest.mark.parametrize('name', ['smpconv_cifar', 'smpconv_seq_cifar'])
 def test_recorded_steps(name, tmp_path):
-    """Steps of recipes/shipped/train_cifar.py that replay a CUDA graph learn what launched ones learn."""
-    script = runpy.run_path(str(Path(__file__).resolve().parents[1] / 'recipes' / 'shipped' / 'train_cifar.py'))
+    """Steps of recipes/train_cifar.py that replay a CUDA graph learn what launched ones learn."""
+    script = runpy.run_path(str(Path(__file__).resolve().parents[1] / 'recipes' / 'train_cifar.py'))
     kwargs = dict(dims=(8, 8), kernel_size=9) if name == 'smpconv_cifar' else dict(depth=1, dim=8)
     opt_kwargs = dict(fallback_no_weight_decay=True, capturable=True)
     recipe = script['Recipe'](

@@ -1,20 +1,19 @@
-"""recipes/shipped/train_cifar.py: augmentation, a teacher, phases, and going on after an interruption."""
+"""recipes/train_cifar.py: augmentation, a teacher, phases, and going on after an interruption."""
 
 import csv
 import dataclasses
 import runpy
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from PIL import Image
 from safetensors.torch import load_file
+from synth import write_images
 
-SCRIPT = Path(__file__).resolve().parents[1] / 'recipes' / 'shipped' / 'train_cifar.py'
+SCRIPT = Path(__file__).resolve().parents[1] / 'recipes' / 'train_cifar.py'
 
 
 @pytest.fixture(scope='module')
@@ -25,14 +24,8 @@ def script():
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """Ten classes of six images, each class of its own colour."""
     folder = tmp_path_factory.mktemp('cifar')
-    rng = np.random.default_rng(0)
-    for label in range(10):
-        (folder / 'train' / f'class{label}').mkdir(parents=True)
-        for i in range(6):
-            image = rng.integers(0, 60, (32, 32, 3)) + 19 * np.array([label, 9 - label, label % 3])
-            Image.fromarray(image.astype(np.uint8)).save(folder / 'train' / f'class{label}' / f'{i}.png')
+    write_images(folder / 'train', 6)
     return folder
 
 
@@ -167,7 +160,7 @@ def test_recipes_that_cannot_work(script):
 
 def test_shipped_recipes(script):
     """Those for the script can be read, and name themselves in their heads."""
-    folder = SCRIPT.parent
+    folder = SCRIPT.parent / 'shipped'
     files = [path for path in folder.rglob('*.yaml') if 'train_cifar.py --config' in path.read_text()]
     assert len(files) >= 4
     for path in files:

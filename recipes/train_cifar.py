@@ -6,7 +6,7 @@ GPU and are augmented there, and a step is one CUDA graph, with its optimizer an
 weights, optimizers and the average are those of train.py.
 
     timm-smpconv data cifar10 data
-    python recipes/shipped/train_cifar.py --config RECIPE.yaml --data data/cifar10 --output output/RUN
+    python recipes/train_cifar.py --config RECIPE.yaml --data data/cifar10 --output output/RUN
 
 A recipe names a network, a teacher (or none) and phases, one after the other, each from the averaged weights of the one
 before. The output folder gets model.safetensors, the average, and log.csv, after every fifth epoch and at the end of a
