@@ -32,6 +32,7 @@ from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
+from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 import timm_smpconv  # noqa: F401  registers the networks
@@ -121,27 +122,21 @@ class Recipe:
 Arrays = Tuple[torch.Tensor, torch.Tensor]  # images (N, 3, 32, 32), uint8, and labels (N,)
 
 
-def _decode(path: Path) -> np.ndarray:
+def _decode(path: str) -> np.ndarray:
     return np.asarray(Image.open(path).convert('RGB'))
 
 
 def load_images(folder: Path, hold_out: int) -> Tuple[Arrays, Arrays]:
     """The images of CLASS/*, less the last `hold_out` of each class, and those."""
-    parts: Tuple[List[np.ndarray], List[np.ndarray]] = ([], [])
-    labels: Tuple[List[int], List[int]] = ([], [])
+    dataset = ImageFolder(str(folder))
     with ThreadPoolExecutor() as pool:
-        for label, name in enumerate(sorted(path.name for path in folder.iterdir())):
-            images = list(pool.map(_decode, sorted((folder / name).iterdir())))
-            count = len(images) - hold_out
-            for i, some in enumerate((images[:count], images[count:])):
-                parts[i].extend(some)
-                labels[i].extend([label] * len(some))
-    train, held = (
-        # of no images too
-        (torch.from_numpy(np.array(images, np.uint8).reshape(-1, 32, 32, 3)).permute(0, 3, 1, 2), torch.tensor(numbers))
-        for images, numbers in zip(parts, labels)
-    )
-    return train, held
+        pixels = np.stack(list(pool.map(_decode, [path for path, _ in dataset.samples])))
+    images, labels = torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(dataset.targets)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(len(dataset.classes)):
+        members = (labels == label).nonzero().flatten()
+        held[members[max(len(members) - hold_out, 0) :]] = True
+    return (images[~held], labels[~held]), (images[held], labels[held])
 
 
 def crop_and_flip(images: torch.Tensor, padding: int = 4) -> torch.Tensor:
