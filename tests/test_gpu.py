@@ -100,15 +100,20 @@ def test_constants_are_made_once():
         assert dft._made_once.cache_info().misses == made
 
 
-@pytest.mark.parametrize('name', ['smpconv_cifar', 'smpconv_seq_cifar'])
-def test_recorded_steps(name, tmp_path):
+@pytest.mark.parametrize(
+    'name,opt,opt_kwargs',
+    [
+        ('smpconv_cifar', 'nmuon', dict(fallback_no_weight_decay=True)),
+        ('smpconv_seq_cifar', 'nmuon', dict(fallback_no_weight_decay=True)),
+        ('smpconv_cifar', 'adam', {}),  # as recipes/ablations.py has it
+    ],
+)
+def test_recorded_steps(name, opt, opt_kwargs, tmp_path):
     """Steps of recipes/train_cifar.py that replay a CUDA graph learn what launched ones learn."""
     script = runpy.run_path(str(Path(__file__).resolve().parents[1] / 'recipes' / 'train_cifar.py'))
     kwargs = dict(dims=(8, 8), kernel_size=9) if name == 'smpconv_cifar' else dict(depth=1, dim=8)
-    opt_kwargs = dict(fallback_no_weight_decay=True, capturable=True)
-    recipe = script['Recipe'](
-        name, [], teacher='smpconv_cifar', task_loss_weight=0.3, kd_temperature=2.0, opt_kwargs=opt_kwargs
-    )
+    kd = dict(teacher='smpconv_cifar', task_loss_weight=0.3, kd_temperature=2.0)
+    recipe = script['Recipe'](name, [], opt=opt, opt_kwargs=dict(opt_kwargs, capturable=True), **kd)
     phase = script['Phase'](1, 1e-2, model_kwargs=kwargs)
     images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 10
     losses = []
