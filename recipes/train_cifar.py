@@ -71,6 +71,8 @@ class Phase:
     model_ema_decay: float = 0.998
 
     def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError(f'epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}.')
         if any(n < 1 or 32 % n for n in self.size):
             raise ValueError(f'size must divide 32 x 32, got {self.size}.')
 

@@ -151,6 +151,8 @@ def test_recipes_that_cannot_work(script):
     phase = script['Phase']
     with pytest.raises(ValueError, match='divide'):
         phase(1, 1e-3, size=(32, 12))
+    with pytest.raises(ValueError, match='at least 1, got 0 and 512'):
+        phase(0, 1e-3)
     for kwargs in (dict(phases=[phase(1, 1e-3)]), dict(phases=[phase(1, 1e-3, cutmix=0.5)], teacher='smpconv_cifar')):
         with pytest.raises(ValueError, match='ask_once'):
             script['Recipe']('smpconv_seq_cifar', ask_once=True, **kwargs)
