@@ -11,7 +11,6 @@ contiguous NCHW tensors with torch.nn.functional.conv2d, 1D convolution by compl
 """
 
 import argparse
-import csv
 import dataclasses
 import os
 import platform
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 import timm_smpconv
 from timm_smpconv import ops
-from timm_smpconv._files import atomic_path
+from timm_smpconv._files import write_rows
 from timm_smpconv.layers import (
     CausalConv1d,
     LargeConv2d,
@@ -415,13 +414,6 @@ def print_peak_memory(case: Case, path: str, device: str) -> None:
     print(torch.cuda.max_memory_allocated() / 2**20 if device == 'cuda' else (peak_rss() - base) / 1024)
 
 
-def write(path: str, rows: List[Dict[str, str]]) -> None:
-    with atomic_path(Path(path)) as part, open(part, 'w', newline='') as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--cases', nargs='*', default=[''], help='run the cases whose names start so')
@@ -487,7 +479,7 @@ def main() -> None:
             tqdm.write('| ' + ' | '.join(row.values()) + ' |', file=sys.stdout)
             sys.stdout.flush()
         if args.csv:  # after each case: a run that is cut short keeps what it has
-            write(args.csv, rows)
+            write_rows(Path(args.csv), rows)
     bar.close()
 
 

@@ -13,7 +13,6 @@ run. The same command continues after an interruption.
 """
 
 import argparse
-import csv
 import dataclasses
 import statistics
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import torch
 from train_cifar import Phase, Recipe, Trainer, load_images
 
-from timm_smpconv._files import atomic_path
+from timm_smpconv._files import write_rows
 
 PAPER: Dict[str, Any] = dict(learn_coords=True, learn_radius=True, coord_std=0.05, radius=0.12, num_points=16)
 
@@ -146,10 +145,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             trainer.run()
             accuracies.setdefault(setting.folder, []).append(float(trainer.rows[-1]['val_accuracy']))
             rows = tabulate(settings, accuracies)
-            with atomic_path(args.output / 'ablations.csv') as part, part.open('w', newline='') as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            write_rows(args.output / 'ablations.csv', rows)
     for row in [{key: key for key in rows[0]}, *rows]:
         print('| ' + ' | '.join(row.values()) + ' |')
 

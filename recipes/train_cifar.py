@@ -14,7 +14,6 @@ phase. The same command continues a run that was stopped, after the last epoch t
 """
 
 import argparse
-import csv
 import dataclasses
 import math
 import time
@@ -36,7 +35,7 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 import timm_smpconv  # noqa: F401  registers the networks
-from timm_smpconv._files import atomic_path, save_tensors
+from timm_smpconv._files import atomic_path, save_tensors, write_rows
 
 EMA_STEPS = 4  # between updates of the average
 SAVE_SECONDS = 60  # after which an epoch is saved that is not looked at
@@ -441,10 +440,7 @@ class Trainer:
         with atomic_path(self.output / 'checkpoint.pt') as part:
             torch.save(checkpoint, part)
         save_tensors(self.output / 'model.safetensors', average.state_dict())
-        with atomic_path(self.output / 'log.csv') as part, part.open('w', newline='') as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_rows(self.output / 'log.csv', self.rows)
 
     def read_checkpoint(self) -> Optional[Dict[str, Any]]:
         """What a run in this folder has saved."""

@@ -1,19 +1,20 @@
 """Files that are there completely or not at all, whatever kills the process that writes them."""
 
 import contextlib
+import csv
 import glob
 import json
 import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional, Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-__all__ = ['atomic_path', 'read_metadata', 'save_tensors', 'write_text']
+__all__ = ['atomic_path', 'read_metadata', 'save_tensors', 'write_rows', 'write_text']
 
 _KEY = 'timm_smpconv'
 _STALE = 86400.0  # seconds after which nobody writes to a temporary file any more
@@ -53,6 +54,19 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
     with atomic_path(path) as part:
         part.write_text(text, encoding='utf-8')
+
+
+def write_rows(path: Path, rows: Sequence[Dict[str, str]]) -> None:
+    """Writes a CSV file atomically.
+
+    Args:
+        path: File to write.
+        rows: At least one, all with the columns of the first.
+    """
+    with atomic_path(path) as part, part.open('w', newline='') as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def save_tensors(path: Path, tensors: Dict[str, torch.Tensor], metadata: Optional[Dict[str, Any]] = None) -> None:

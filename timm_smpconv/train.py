@@ -5,7 +5,6 @@ alone. A run that was killed at any time continues from its last checkpoint with
 """
 
 import contextlib
-import csv
 import hashlib
 import logging
 import math
@@ -24,7 +23,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm import tqdm
 
-from ._files import atomic_path, save_tensors, write_text
+from ._files import atomic_path, save_tensors, write_rows, write_text
 from .audio import RATE
 from .checkpoint import carried_settings, fit_checkpoint, read_checkpoint
 from .convert import write_config
@@ -282,10 +281,7 @@ class _Run:
     def write_log(self) -> None:
         """Writes the log as the rows have it, so that a killed run neither loses nor doubles one."""
         if self.rows:
-            with atomic_path(self.output / 'log.csv') as part, part.open('w', newline='') as file:
-                writer = csv.DictWriter(file, list(self.rows[0]))
-                writer.writeheader()
-                writer.writerows(self.rows)
+            write_rows(self.output / 'log.csv', self.rows)
 
     def train_step(self, x: torch.Tensor, target: torch.Tensor, labels: torch.Tensor) -> None:
         """One update from normalised inputs and class indices or probabilities; `labels` are for the accuracy."""
