@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from .context import Keep, full_precision, is_channels_last, is_trained, is_transformed
 
-__all__ = ['correlate']
+__all__ = ['MULTIPLIES_BFLOAT16', 'correlate']
 
 _MANY_TAPS = 100  # from which depthwise convolutions in half precision are faster in float32, conversions included
 # with AVX-512, torch takes two to three times as long for depthwise kernels of 11 or 13 columns as for 15
@@ -15,6 +15,7 @@ _SLOW_WIDTHS, _FAST_WIDTH = (11, 13), 15
 _AVX512 = torch.backends.cpu.get_cpu_capability() == 'AVX512'
 # with AMX, a convolution of sequences in bfloat16 came out wrong, most of it zeros (torch 2.11; 2 channels, 64 taps)
 _AMX = getattr(torch.cpu, '_is_amx_tile_supported', lambda: True)()
+MULTIPLIES_BFLOAT16 = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()  # not by way of float32
 
 
 def correlate(

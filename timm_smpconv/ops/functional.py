@@ -73,6 +73,7 @@ def use_backend(name: Optional[str]) -> Iterator[None]:
 # backends use all cores, so that their number drops out; the ratios are what matters.
 _DENSE = 0.5  # a multiply-add of a direct dense convolution of maps, whose channels are filled up to whole vectors of
 _VECTOR = 16
+_BFLOAT16 = 0.5  # direct of dense maps in bfloat16, relative to float32, on processors with instructions for it
 _TRANSFORM = 125.0  # one point of one real transform, in fft ...
 _TRANSFORM_2D = 180.0  # ... of dense maps, whose spectra are reordered
 _REORDER = 160.0  # moving one entry between channels_last and the contiguous format of fft
@@ -127,15 +128,15 @@ def choose_backend(
     kernels = out_chs * in_chs / batch
     dense = not depthwise and x.ndim == 4
     size = [dft.cyclic_len(n, k, p) for n, k, p in zip(shape, taps, left)]
-    direct = points = 1
+    multiply_adds = points = 1
     for n, k, p, cyclic in zip(shape, taps, left, size):
-        direct *= n * k if dense else _taps_on_map(n, k, p)
+        multiply_adds *= n * k if dense else _taps_on_map(n, k, p)
         points *= fft.fast_len(cyclic)
     for chs in (out_chs, in_chs):
-        direct *= -(-chs // _VECTOR) * _VECTOR if dense else chs
+        multiply_adds *= -(-chs // _VECTOR) * _VECTOR if dense else chs
     products = 0 if depthwise else 2 * out_chs * in_chs
     costs = {
-        'direct': direct * (_DENSE if dense else 1),
+        'direct': multiply_adds * (_DENSE if dense else 1),
         'fft': points * ((_TRANSFORM_2D if dense else _TRANSFORM) * (maps + kernels) + products),
     }
     if x.ndim == 3 and not depthwise and kernels > maps and costs['direct'] > shape[0] * maps * _TRANSFORM:
@@ -145,6 +146,8 @@ def choose_backend(
     if x.ndim == 4 and is_channels_last(x):
         costs['fft'] += maps * x.shape[2] * x.shape[3] * _REORDER
     if dense and device in ('cpu', 'meta'):
+        if direct.MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16:
+            costs['direct'] *= _BFLOAT16
         costs['dft'] = dft.count_bins(size) * 4 * out_chs * in_chs
         for count, sides in ((maps, shape), (kernels, taps)):
             each = dft.count_products(sides, size) + _ENTRY * math.prod(sides) + _SPECTRUM * 2 * dft.count_bins(size)
