@@ -6,7 +6,6 @@ import hashlib
 import io
 import shutil
 import zipfile
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -14,6 +13,8 @@ import torch
 from datasets import speech_members, wav, write_mnist, write_speech, write_tar
 from PIL import Image
 from safetensors.torch import save_file
+from servers import Drive, serve
+from torchvision.datasets import MNIST
 
 from timm_smpconv import data
 from timm_smpconv._files import atomic_path, read_metadata
@@ -45,15 +46,51 @@ def test_unknown_or_wrong_folder(tmp_path):
         make('speech_commands', tmp_path)
 
 
-@pytest.mark.parametrize('name', list(data.DATA_SETS))
-def test_no_download(name, tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise URLError('no network')
+@pytest.fixture
+def server(monkeypatch):
+    """Where everything is downloaded from."""
+    with serve(Drive()) as drive:
+        monkeypatch.setattr(MNIST, 'mirrors', ['http://127.0.0.1:9/nobody/', f'{drive.url}/'])
+        for name in ('_CIFAR10_URL', '_SPEECH_URL', '_TRAJECTORIES_URL'):
+            monkeypatch.setattr(data, name, f'{drive.url}/{getattr(data, name).rpartition("/")[2]}')
+        yield drive
 
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
+
+@pytest.mark.parametrize('name', list(data.DATA_SETS))
+@pytest.mark.parametrize('mode', ['refused', 'quota', 'ok'])
+def test_no_download(name, mode, tmp_path, server):
+    """Refused, a page in place of the file, and a wrong file: nothing stays that the next call would take for it."""
+    server.mode, server.data = mode, b'another file'
     with pytest.raises(OSError, match='Cannot download .* --archive'):
         make(name, tmp_path)
-    assert nothing_left(tmp_path) and not (tmp_path / name).exists()
+    assert not [path for path in tmp_path.rglob('*') if path.is_file()] and not (tmp_path / name).exists()
+
+
+def test_download(tmp_path, few_trajectories, server):
+    """Gone on with when the connection breaks, kept when it is right, replaced when it is not."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, 'w') as archive:
+        archive.writestr('CharacterTrajectories_TRAIN.ts', _ts('1,2:3,4:5,6:1', '1:2:3:20'))
+        archive.writestr('CharacterTrajectories_TEST.ts', _ts('1:2:3:2'))
+    server.data, server.mode, server.part = buffer.getvalue(), 'broken', 100
+    name = 'character_trajectories'
+    downloads = tmp_path / 'downloads'
+    downloads.mkdir()
+    (downloads / 'CharacterTrajectories.zip').write_text('<html>')  # left by something else
+    assert make(name, tmp_path).new and nothing_left(tmp_path) and len(server.requests) > 3
+    assert [path.name for path in downloads.iterdir()] == ['CharacterTrajectories.zip']
+    server.mode = 'refused'
+    shutil.rmtree(tmp_path / name)
+    assert make(name, tmp_path).new
+
+
+def test_folder_without_archives(tmp_path, server):
+    """An empty folder is not taken for no folder, which would download."""
+    (tmp_path / 'raw' / 'deeper').mkdir(parents=True)
+    for name in data.DATA_SETS:
+        with pytest.raises(ValueError, match='raw has no files in it'):
+            make(name, tmp_path, tmp_path / 'raw')
+    assert not server.requests
 
 
 def test_atomic_path(tmp_path):
@@ -149,7 +186,11 @@ def test_cifar10_of_folders(tmp_path, few_images):
     members = {f'train/{name}/{i:04}.jpg': _image() for name in CIFAR10 for i in range(2)}
     members.update({f'test/{name}/0000.jpg': _image() for name in CIFAR10})
     members['../../outside.jpg'] = members['/train/outside/0.jpg'] = members['train/cat/../../x.jpg'] = _image()
-    result = make('cifar10', tmp_path / 'data', write_tar(tmp_path / 'cifar10.tar.xz', members))
+    members['train/cat/..\\..\\x.jpg'] = members['train/cat/C:x.jpg'] = _image()  # paths on Windows
+    (tmp_path / 'given').mkdir()
+    write_tar(tmp_path / 'given' / 'cifar10.tar.xz', members)
+    (tmp_path / 'given' / 'LICENSE').write_text('of a folder with an archive')
+    result = make('cifar10', tmp_path / 'data', tmp_path / 'given')
     assert result.counts == dict(train=20, test=10)
     assert len(list((tmp_path / 'data').rglob('*.jpg'))) == 30 and not list(tmp_path.glob('*.jpg'))
 
@@ -214,8 +255,10 @@ def test_official_speech(tmp_path, monkeypatch):
     members = speech_members(['0a', '0b', '0c'])
     listed = ''.join(f'{word}/0b_nohash_0.wav\n' for word in (*SPEECH_WORDS, 'cat'))
     members = {'testing_list.txt': listed.encode(), '_background_noise_/white.wav': b'', **members}
-    archive = write_tar(tmp_path / 'speech_commands_v0.02.tar.gz', members, './')
-    assert make('speech_commands', tmp_path, archive).counts == dict(train=20, test=10)
+    write_tar(tmp_path / 'speech_commands_v0.02.tar.gz', members, './')
+    for other in ('cifar-10-binary.tar.gz', 'speech.tar'):
+        (tmp_path / other).write_text('not to be read')
+    assert make('speech_commands', tmp_path, tmp_path).counts == dict(train=20, test=10)
     shared = set(load_speech(tmp_path, True).speakers.tolist()) & set(load_speech(tmp_path, False).speakers.tolist())
     assert not shared
 

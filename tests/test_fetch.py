@@ -16,8 +16,9 @@ import torch
 from huggingface_hub import constants
 from synth import expected, reference_state, relative_error, synth_input
 
-from timm_smpconv import WeightsError, fetch, store
+from timm_smpconv import WeightsError, download, fetch, store
 from timm_smpconv.convert import convert
+from timm_smpconv.download import without_password
 from timm_smpconv.weights import WEIGHTS, Weights, bundled_path, fixed_input
 
 MODEL, NAME = 'smpconv_seq_speech', 'smpconv_seq_speech.sc'
@@ -42,7 +43,7 @@ def own(tmp_path, monkeypatch):
         raise fetch._Unavailable('no such repository.')
 
     monkeypatch.setattr(fetch, '_from_hub', nothing)
-    monkeypatch.setattr(fetch, '_PAUSE', 0.01)
+    monkeypatch.setattr(download, '_PAUSE', 0.01)
     weights = WEIGHTS[NAME]  # in this test it has none of its own
     monkeypatch.setitem(WEIGHTS, NAME, Weights(weights.trained_on, 0.0, authors_file='1abc'))
     return tmp_path / 'store'
@@ -328,5 +329,5 @@ def test_a_store_that_cannot_be_read_is_left(drive, own, monkeypatch, caplog):
     'text', ['http://me:secret@host:9/x', 'cannot reach https://hf_token@host', 'http://host/a@b and //u:p@h/']
 )
 def test_passwords_are_not_shown(text):
-    shown = fetch.without_password(text)
+    shown = without_password(text)
     assert 'secret' not in shown and 'hf_token' not in shown and 'u:p' not in shown and 'host' in shown

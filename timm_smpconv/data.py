@@ -20,7 +20,6 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 from typing import Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -29,11 +28,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torchvision.datasets import MNIST
 from torchvision.datasets.mnist import read_image_file, read_label_file
+from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 from ._files import save_tensors
 from .audio import RATE, decode_sound
 from .classes import CHARACTERS, CIFAR10, SPEECH_WORDS
+from .download import DownloadError, download
+from .store import file_sha256
 
 __all__ = ['DATA_SETS', 'Prepared', 'Samples', 'load_character_trajectories', 'load_mnist', 'load_speech', 'prepare']
 
@@ -59,7 +61,7 @@ _SPEECH_TESTS = 4074
 _TRAJECTORY_COUNTS = dict(train=1422, test=1436)
 
 _RECORDING = re.compile(r'(?:.*/)?([a-z]+)/([^/]+)_nohash_(\d+)\.(wav|flac)')
-_CIFAR10_IMAGE = re.compile(r'(?:.*/)?(train|test)/([a-z]+)/([^/]+)\.(png|jpg|jpeg)')
+_CIFAR10_IMAGE = re.compile(r'(?:.*/)?(train|test)/([a-z]+)/([^/\\:]+)\.(png|jpg|jpeg)')
 _BROKEN_ARCHIVE = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError)
 
 
@@ -137,6 +139,8 @@ def prepare(
         if not archive.exists():
             raise FileNotFoundError(f'No archive at {archive}.')
         files += sorted(file for file in archive.iterdir() if file.is_file()) if archive.is_dir() else [archive]
+    if archives and not files:
+        raise ValueError(f'{archives[0]} has no files in it: give the archive itself, or the folder that it lies in.')
 
     part = target.with_name(target.name + '.part')
     if part.exists():  # of a call that was killed
@@ -153,18 +157,33 @@ def prepare(
 # reading archives
 
 
-def _download(url: str, folder: Path, sha256: Optional[str], progress: bool) -> Path:
+def _download(url: str, folder: Path, is_right: Callable[[Path], bool], progress: bool) -> Path:
+    """The file at an address, from an earlier call if that has left the right one."""
     path = folder / url.rpartition('/')[2]
-    if path.exists():  # complete: a download gets its name at its end
+    if path.exists() and is_right(path):
         return path
     folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + '.part')
+    advice = 'try again later, or get the file elsewhere and pass it with --archive'
     try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=progress)
-    except (URLError, TimeoutError, ConnectionError) as e:
-        raise OSError(f'Cannot download {url} ({e}): get the file elsewhere and pass it with --archive.') from e
-    except RuntimeError as e:  # a wrong hash
-        raise ValueError(f'{url} is not the file it was ({e}).') from e
+        download(url, part, path.name, progress)
+    except DownloadError as e:
+        raise OSError(f'Cannot download {url}: {e} Or {advice}.') from e
+    if not is_right(part):
+        part.unlink()
+        raise OSError(f'Cannot download {url}: what came is not the file that was expected. Do {advice}.')
+    os.replace(part, path)
     return path
+
+
+def _has_sha256(sha256: str) -> Callable[[Path], bool]:
+    return lambda path: file_sha256(path) == sha256
+
+
+def _tar_files(files: List[Path], official: str) -> List[Path]:
+    """The official archive if it is among the files of a folder, or all tar archives: others may lie beside them."""
+    tars = [file for file in files if '.tar' in file.suffixes or file.suffix == '.tgz']
+    return [file for file in tars if file.name == official] or tars or files
 
 
 @contextlib.contextmanager
@@ -196,7 +215,7 @@ def _members(path: Path, progress: bool) -> Iterator[Tuple[str, Callable[[], byt
 
 def _make_mnist(target: Path, files: List[Path], downloads: Path, progress: bool) -> Dict[str, int]:
     if not files:
-        files = [_download_mnist(name, downloads, progress) for name, _ in MNIST.resources]
+        files = [_download_mnist(name, md5, downloads, progress) for name, md5 in MNIST.resources]
     found = {file.name.removesuffix('.gz'): file for file in files}
     missing = [name for name in _MNIST_MD5 if name not in found]
     if missing:
@@ -217,14 +236,12 @@ def _make_mnist(target: Path, files: List[Path], downloads: Path, progress: bool
     }
 
 
-def _download_mnist(name: str, downloads: Path, progress: bool) -> Path:
-    errors = []
-    for mirror in MNIST.mirrors:
-        try:
-            return _download(mirror + name, downloads, None, progress)
-        except OSError as e:
-            errors.append(str(e))
-    raise OSError(errors[-1])
+def _download_mnist(name: str, md5: str, downloads: Path, progress: bool) -> Path:
+    *others, last = MNIST.mirrors
+    for mirror in others:
+        with contextlib.suppress(OSError):
+            return _download(mirror + name, downloads, lambda path: check_integrity(path, md5), progress)
+    return _download(last + name, downloads, lambda path: check_integrity(path, md5), progress)
 
 
 def load_mnist(root: Union[str, Path], train: bool) -> Samples:
@@ -266,8 +283,9 @@ def load_mnist(root: Union[str, Path], train: bool) -> Samples:
 
 
 def _make_cifar10(target: Path, files: List[Path], downloads: Path, progress: bool) -> Dict[str, int]:
+    files = _tar_files(files, PurePosixPath(_CIFAR10_URL).name)
     if not files:
-        files = [_download(_CIFAR10_URL, downloads, _CIFAR10_HASH, progress)]
+        files = [_download(_CIFAR10_URL, downloads, _has_sha256(_CIFAR10_HASH), progress)]
     for part in _CIFAR10_COUNTS:
         for name in CIFAR10:
             (target / part / name).mkdir(parents=True)
@@ -317,10 +335,9 @@ def _write_records(content: bytes, folder: Path, start: int, name: str) -> int:
 
 
 def _make_speech(target: Path, files: List[Path], downloads: Path, progress: bool) -> Dict[str, int]:
-    # a folder may hold a licence beside them
-    files = [file for file in files if '.tar' in file.suffixes or file.suffix == '.tgz'] or files
+    files = _tar_files(files, PurePosixPath(_SPEECH_URL).name)
     if not files:
-        files = [_download(_SPEECH_URL, downloads, _SPEECH_HASH, progress)]
+        files = [_download(_SPEECH_URL, downloads, _has_sha256(_SPEECH_HASH), progress)]
     if len(files) > 2:
         raise ValueError(f'Expected the official archive, or one of training and one of test data, got {len(files)}.')
     tests: Optional[Set[str]] = None
@@ -435,7 +452,7 @@ def _load(
 
 def _make_trajectories(target: Path, files: List[Path], downloads: Path, progress: bool) -> Dict[str, int]:
     if not files:
-        files = [_download(_TRAJECTORIES_URL, downloads, None, progress)]
+        files = [_download(_TRAJECTORIES_URL, downloads, zipfile.is_zipfile, progress)]
     texts: Dict[str, str] = {}
     for file in files:
         if file.suffix == '.zip':

@@ -5,12 +5,9 @@ its hash where one is known, and in any case that it can be read.
 """
 
 import contextlib
-import html.parser
-import http.client
 import json
 import logging
 import os
-import re
 import threading
 import time
 import urllib.error
@@ -32,25 +29,20 @@ from huggingface_hub.utils import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from . import store
-from ._files import save_tensors, write_text
+from ._files import save_tensors
 from .checkpoint import FLOATS, CheckpointError, fit_checkpoint, read_checkpoint
+from .download import TIMEOUT, DownloadError, download, one_line, without_password
 from .weights import WEIGHTS, WeightsError, bundled_path, hub_repo
 
-__all__ = ['WEIGHTS_FILE', 'download', 'from_hub', 'hub_cause', 'hub_file', 'locate', 'without_password']
+__all__ = ['WEIGHTS_FILE', 'from_hub', 'hub_cause', 'hub_file', 'locate']
 
 _logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = 'model.safetensors'
 _PICKLED_FILE = 'pytorch_model.bin'
-_TIMEOUT = 5.0  # seconds for a server to answer
 _STALLED = 15.0  # seconds without a byte after which a download from the Hub is given up; it tries again after ten
-_TRIES = 3  # connections without a byte that one download may take
-_PAUSE = 0.5  # seconds before a broken connection is taken up again
-_MAX_SIZE = 4 << 30  # bytes that any checkpoint may have
-_BLOCK = 1 << 18
 
 
 class _Unavailable(Exception):
@@ -254,10 +246,10 @@ def _hub_file(hub_id: str, filename: str, sha256: Optional[str], cache_dir: Opti
     except HFValidationError as e:
         raise _Unavailable(hub_cause(e, repo)) from e
     except ValueError as e:
-        raise _Unavailable(f'{filename!r} is no name of a file ({_one_line(e)}).') from e
+        raise _Unavailable(f'{filename!r} is no name of a file ({one_line(e)}).') from e
     except OSError as e:
         raise _Unavailable(
-            f'the cache of the Hub cannot be read ({_one_line(e)}): set HF_HOME to another folder.'
+            f'the cache of the Hub cannot be read ({one_line(e)}): set HF_HOME to another folder.'
         ) from e
     path = Path(cached) if isinstance(cached, str) else None
     damaged = ''  # for the messages
@@ -282,7 +274,7 @@ def _hub_file(hub_id: str, filename: str, sha256: Optional[str], cache_dir: Opti
 
     try:
         # answers or fails at once, while hf_hub_download repeats failures for half a minute
-        announced = get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision or None), timeout=_TIMEOUT)
+        announced = get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision or None), timeout=TIMEOUT)
     except Exception as e:  # clients of different versions raise different families of exceptions
         if path is not None and not isinstance(
             e, (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError)
@@ -330,7 +322,7 @@ def _download_from_hub(
                 hf_hub_download(
                     repo,
                     filename,
-                    etag_timeout=_TIMEOUT,
+                    etag_timeout=TIMEOUT,
                     force_download=force_download,
                     revision=revision,
                     cache_dir=cache_dir,
@@ -393,7 +385,7 @@ def _check_readable(path: Path) -> None:
                     if value.dtype in FLOATS and not torch.isfinite(value).all():
                         raise _Unavailable(f'{path.name} has values in {key} that are not finite.')
         except (SafetensorError, OSError) as e:
-            raise _Unavailable(f'{path.name} is no intact safetensors file ({_one_line(e)}).') from e
+            raise _Unavailable(f'{path.name} is no intact safetensors file ({one_line(e)}).') from e
     elif path.suffix in ('.bin', '.pth', '.pt'):
         try:
             read_checkpoint(path)
@@ -403,7 +395,7 @@ def _check_readable(path: Path) -> None:
         try:
             json.loads(path.read_text(encoding='utf-8'))
         except (ValueError, RecursionError) as e:
-            raise _Unavailable(f'{path.name} is no JSON ({_one_line(e)}).') from e
+            raise _Unavailable(f'{path.name} is no JSON ({one_line(e)}).') from e
 
 
 def _set_hub_file_aside(path: Path) -> None:
@@ -417,18 +409,13 @@ def _status(error: BaseException) -> Optional[int]:
     return getattr(getattr(error, 'response', None), 'status_code', None)
 
 
-def without_password(text: str) -> str:
-    """A text without the user and password of the addresses in it."""
-    return re.sub(r'(?<=//)[^/@\s]+@', '', text)
-
-
 def hub_cause(error: Exception, repo: str, filename: str = 'such file') -> str:
     """What went wrong on the way to the Hub, and what to do about it."""
     status = _status(error)
     if isinstance(error, GatedRepoError):
         return f'access to {repo} must be granted by its owner: ask on its page, and log in (`hf auth login`).'
     if isinstance(error, HFValidationError):
-        return f'{repo!r} is no name of a repository ({_one_line(error)}): expected ORG/NAME.'
+        return f'{repo!r} is no name of a repository ({one_line(error)}): expected ORG/NAME.'
     if isinstance(error, OfflineModeIsEnabled):
         return 'offline (HF_HUB_OFFLINE is set): unset it.'
     if status == 403:
@@ -444,12 +431,12 @@ def hub_cause(error: Exception, repo: str, filename: str = 'such file') -> str:
         return f'the server failed with status {status}: try again later.'
     text = f'{type(error).__name__} {error}'.lower()
     if 'timeout' in text or 'timed out' in text:
-        return f'no answer within {_TIMEOUT:.0f} s: check the network, or set HF_HUB_OFFLINE=1.'
+        return f'no answer within {TIMEOUT:.0f} s: check the network, or set HF_HUB_OFFLINE=1.'
     if 'consistency check' in text or 'incomplete' in text or 'peer closed' in text or 'protocol' in text:
-        return f'the download broke off ({_one_line(error)}): try again.'
+        return f'the download broke off ({one_line(error)}): try again.'
     if isinstance(error, OSError) and error.errno and 'connect' not in text:
         return f'{error.strerror}: {error.filename or "the cache of the Hub"}.'
-    return f'no connection ({_one_line(error)}): check the network, or set HF_HUB_OFFLINE=1.'
+    return f'no connection ({one_line(error)}): check the network, or set HF_HUB_OFFLINE=1.'
 
 
 # --- the authors' file, on Google Drive ---
@@ -481,8 +468,8 @@ def _from_authors(name: str) -> Path:
                     return path
             raise _Unavailable(f'downloaded twice, and unusable both times: {problem}')
     except OSError as e:
-        raise _Unavailable(f'cannot write to {store.store_dir()} ({_one_line(e)}): set TIMM_SMPCONV_CACHE.') from e
-    except _DownloadError as e:
+        raise _Unavailable(f'cannot write to {store.store_dir()} ({one_line(e)}): set TIMM_SMPCONV_CACHE.') from e
+    except DownloadError as e:
         raise _Unavailable(str(e)) from e
 
 
@@ -501,176 +488,3 @@ def _install_authors_file(name: str, file: Path) -> Path:
 def _drive_url(file_id: str) -> str:
     base = os.environ.get('TIMM_SMPCONV_DRIVE_URL') or 'https://drive.usercontent.google.com/download'
     return f'{base}?{urllib.parse.urlencode(dict(id=file_id, export="download", confirm="t"))}'
-
-
-class _DownloadError(Exception):
-    """A download failed for good; the message is the cause."""
-
-
-class _Broken(Exception):
-    """A connection that may be taken up again."""
-
-
-def download(url: str, path: Path, what: str) -> None:
-    """Downloads a file, going on where an earlier call stopped.
-
-    Google Drive asks before it sends a large file, on a page with a form: the form is answered once.
-
-    Args:
-        url: Address of the file.
-        path: File to write; what is in it already is kept if the server still has the same file.
-        what: Name for the progress bar.
-
-    Raises:
-        _DownloadError: The file cannot be had.
-        OSError: The file cannot be written.
-    """
-    answered = False
-    tries = 0
-    while True:
-        before = path.stat().st_size if path.exists() else 0
-        try:
-            form = _continue_download(url, path, what)
-            if form is None:
-                _version_path(path).unlink(missing_ok=True)
-                return
-            if answered:
-                raise _DownloadError('a page came in place of the file, again after its form was answered: try later.')
-            url, answered = form, True
-        except _Broken as e:
-            progress = path.exists() and path.stat().st_size > before
-            tries = 0 if progress and _can_go_on(path) else tries + 1
-            if tries >= _TRIES:
-                kept = 'what has arrived is kept, call again to go on' if _can_go_on(path) else 'try again later'
-                raise _DownloadError(f'{e}; {kept}.') from e
-            _logger.info('%s: %s; going on.', what, e)
-            time.sleep(_PAUSE)
-
-
-def _continue_download(url: str, path: Path, what: str) -> Optional[str]:
-    """One connection. Returns None once the file is complete, or the address that the form on a page leads to."""
-    have = path.stat().st_size if path.exists() else 0
-    request = urllib.request.Request(url, headers={'User-Agent': 'timm_smpconv'})
-    version = _version_path(path)
-    if have and _can_go_on(path):
-        request.add_header('Range', f'bytes={have}-')
-        request.add_header('If-Range', version.read_text(encoding='utf-8'))
-    try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-            if response.headers.get_content_type() == 'text/html':
-                return _answer_form(response.read(1 << 20).decode('utf-8', 'replace'), response.url)
-            resumed = response.status == 206 and _range_start(response.headers.get('Content-Range')) == have
-            length = response.headers.get('Content-Length')
-            total = int(length) + (have if resumed else 0) if length and length.isdigit() else None
-            if (total or 0) > _MAX_SIZE:
-                raise _DownloadError(f'the file has {total} bytes, no checkpoint has more than {_MAX_SIZE}.')
-            if not resumed:
-                path.unlink(missing_ok=True)
-                version.unlink(missing_ok=True)
-                etag = response.headers.get('ETag') or ''
-                # a weak one does not tell whether the bytes are the same
-                announced = response.headers.get('Last-Modified') if etag.startswith('W/') or not etag else etag
-                if announced:
-                    write_text(version, announced)
-            _receive(response, path, what, total, have if resumed else 0)
-            return None
-    except urllib.error.HTTPError as e:
-        if e.code == 416 and have:  # the part is as long as the file, or of another file
-            path.unlink(missing_ok=True)
-            version.unlink(missing_ok=True)
-            raise _Broken('what was there did not belong to this file') from e
-        if e.code >= 500 or e.code == 429:
-            raise _Broken(f'the server failed with status {e.code}') from e
-        if 300 <= e.code < 400:
-            raise _DownloadError(f'the server leads in a circle, or nowhere (status {e.code}): try again later.') from e
-        raise _DownloadError(
-            f'the server refused with status {e.code}: the file was removed, or is asked for too often.'
-        ) from e
-    except urllib.error.URLError as e:
-        if isinstance(e.reason, TimeoutError):
-            raise _Broken(f'no answer within {_TIMEOUT:.0f} s') from e
-        # nobody listens, or the name is unknown: no use in asking again
-        raise _DownloadError(
-            f'no connection to {urllib.parse.urlsplit(url).netloc} ({e.reason}): check the network.'
-        ) from e
-    except (http.client.HTTPException, ConnectionError, TimeoutError) as e:
-        raise _Broken(f'the connection broke off ({_one_line(e)})') from e
-
-
-def _receive(response: http.client.HTTPResponse, path: Path, what: str, total: Optional[int], have: int) -> None:
-    # no bar where nobody watches
-    with (
-        tqdm(total=total, initial=have, unit='B', unit_scale=True, desc=what, disable=None) as bar,
-        path.open('ab') as f,
-    ):
-        while block := response.read(_BLOCK):
-            f.write(block)
-            have += len(block)
-            bar.update(len(block))
-            if have > _MAX_SIZE:
-                raise _DownloadError(f'more than {_MAX_SIZE} bytes came: no checkpoint is that large.')
-    if total is not None and have < total:
-        raise _Broken(f'the connection ended after {have} of {total} bytes')
-
-
-def _version_path(path: Path) -> Path:
-    """File with what the server calls this version of the file: an ETag, or the date of the last change."""
-    return path.with_name(path.name + '.version')
-
-
-def _can_go_on(path: Path) -> bool:
-    """Whether a broken download of a file can be gone on with: the server has said how to know that it is the same."""
-    try:
-        text = _version_path(path).read_text(encoding='utf-8')
-    except (OSError, ValueError):
-        return False
-    return bool(text) and text.isprintable()
-
-
-def _range_start(content_range: Optional[str]) -> Optional[int]:
-    """First byte of a `Content-Range: bytes 100-199/200`."""
-    start = (content_range or '').removeprefix('bytes ').partition('-')[0]
-    return int(start) if start.isdigit() else None
-
-
-class _Form(html.parser.HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.action: Optional[str] = None
-        self.fields: Dict[str, str] = {}
-        self.title = ''
-        self._in_title = False
-
-    def handle_starttag(self, tag: str, attrs: List[Tuple[str, Optional[str]]]) -> None:
-        values = {key: value or '' for key, value in attrs}
-        self._in_title = tag == 'title'
-        if tag == 'form' and self.action is None:
-            self.action = values.get('action')
-        elif tag == 'input' and self.action is not None and values.get('type') == 'hidden' and 'name' in values:
-            self.fields[values['name']] = values.get('value', '')
-
-    def handle_data(self, data: str) -> None:
-        if self._in_title:
-            self.title += data
-
-    def handle_endtag(self, tag: str) -> None:
-        self._in_title = False
-
-
-def _answer_form(page: str, url: str) -> str:
-    form = _Form()
-    form.feed(page)
-    if not form.action or not form.fields:
-        title = ' '.join(form.title.split())[:100] or 'without a title'
-        raise _DownloadError(
-            f'a page ({title!r}) came in place of the file: it was removed, is private, or too many have asked for it.'
-        )
-    action = urllib.parse.urljoin(url, form.action)
-    if urllib.parse.urlsplit(action).scheme not in ('http', 'https'):
-        raise _DownloadError(f'the page in place of the file leads to {action!r}.')
-    return f'{action}?{urllib.parse.urlencode(form.fields)}'
-
-
-def _one_line(error: BaseException) -> str:
-    text = without_password(' '.join(str(error).split())) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + '...'

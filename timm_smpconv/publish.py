@@ -15,8 +15,9 @@ from . import store
 from .cards import PLACEHOLDER
 from .catalog import model_names
 from .convert import DEPLOYED_FILE, FILES, TENSORS_FILE
+from .download import without_password
 from .factory import check_config, create_model
-from .fetch import WEIGHTS_FILE, hub_cause, without_password
+from .fetch import WEIGHTS_FILE, hub_cause
 from .version import __version__
 from .weights import WEIGHTS, WeightsError
 
