@@ -68,7 +68,7 @@ def test_same_outputs(name, how, model, x):
         assert any(isinstance(m, KERNELS) for m in model.modules())  # a copy was changed
         assert torch.equal(model(x), wanted)
     assert_plain(deployed)
-    assert not deployed.training
+    assert not any(module.training for module in deployed.modules())  # or batches are not computed in parts
     assert relative_error(deployed(x), wanted) <= 1e-5
 
 
@@ -178,6 +178,26 @@ def test_inference_mode_from_training_weights(name, model, x, tmp_path):
     loaded = build(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), inference_mode=True)
     assert_plain(loaded)
     assert relative_error(loaded.eval()(x), model(x)) <= 1e-5
+    # no classifier: features
+    overlay = dict(file=str(path))
+    loaded = build(name, pretrained=True, pretrained_cfg_overlay=overlay, inference_mode=True, num_classes=0)
+    wanted = model.forward_head(model.forward_features(x), pre_logits=True)
+    assert relative_error(loaded.eval()(x), wanted) <= 1e-5
+    # half precision: kernels are rendered before they are rounded
+    loaded = build(name, pretrained=True, pretrained_cfg_overlay=overlay, inference_mode=True, dtype=torch.bfloat16)
+    wanted = model.reparameterize().bfloat16().state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in loaded.state_dict().items())
+
+
+def test_weights_of_another_network_are_not_deployed(tmp_path):
+    """Whose kernels have the same size once they are rendered."""
+    path = tmp_path / 'train.safetensors'
+    save_file(build('smpconv_cifar', num_points=8).state_dict(), path)
+    for inference_mode in (False, True):
+        with pytest.raises(RuntimeError, match='size mismatch for .*coords'):
+            build('smpconv_cifar', checkpoint_path=str(path)) if not inference_mode else build(
+                'smpconv_cifar', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), inference_mode=True
+            )
 
 
 @torch.no_grad()
@@ -257,6 +277,49 @@ def test_blocks(block, shape):
     assert relative_error(conv(x), wanted) <= 1e-10
     with pytest.raises(RuntimeError, match='train mode'):
         module.train().fuse()
+
+
+class Adapter(nn.Sequential):
+    """What fine-tuning of few parameters puts in the place of a layer."""
+
+    @property
+    def weight(self):
+        return self[0].weight
+
+    @property
+    def bias(self):
+        return self[0].bias
+
+
+@pytest.mark.parametrize(
+    'name, part, where',
+    [
+        ('smpconv_tiny', 'stages.0.blocks.0.mix.small', 'RepSMPConv2d'),
+        ('smpconv_tiny', 'stages.0.blocks.0.mix.large', 'RepSMPConv2d'),
+        ('smpconv_tiny', 'stem.0.conv', 'ConvNorm'),
+        ('smpconv_seq_mnist', 'stages.1.conv2.small', 'RepSMPConv1d'),
+        ('pelk_tiny', 'stages.0.blocks.0.mlp.fc2', 'PeLKBlock'),
+    ],
+)
+def test_adapters_are_not_lost(name, part, where):
+    """Folding what an adapter wraps would drop what it has learned."""
+    model = build(name).eval()
+    parent, _, last = part.rpartition('.')
+    setattr(model.get_submodule(parent), last, Adapter(model.get_submodule(part)).eval())
+    with pytest.raises(RuntimeError, match=f'{where} cannot be reparameterized: .* got Adapter. Merge it'):
+        model.reparameterize()
+
+
+def test_stages_of_pelk_deploy_their_blocks():
+    """A block alone does not know the embedding of its stage."""
+    stage, x = build('pelk_tiny').stages[0].eval(), torch.randn(1, 96, 9, 9)
+    with pytest.raises(RuntimeError, match='embedding .* is in its PeLKStage'):
+        reparameterize_model(stage)
+    plain = build('pelk_tiny', pos_embed=False).stages[0].eval()
+    deployed = reparameterize_model(plain)
+    assert_plain(deployed)
+    with torch.no_grad():
+        assert relative_error(deployed(x), plain(x)) <= 1e-5
 
 
 @pytest.mark.parametrize('name', ['smpconv_tiny', 'smpconv_base', 'smpconv_mobile51'])

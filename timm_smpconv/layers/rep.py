@@ -22,6 +22,7 @@ __all__ = [
     'RepSMPConv1d',
     'RepSMPConv2d',
     'SequenceNorm',
+    'check_part',
     'fold_norm_into_next',
     'fold_norm_into_previous',
     'is_foldable',
@@ -61,6 +62,20 @@ def _check_eval(module: nn.Module) -> None:
         raise RuntimeError(
             f'{type(module).__name__} cannot be reparameterized in train mode, where its batch norms use batch '
             f'statistics: call model.eval() first.'
+        )
+
+
+def check_part(module: nn.Module, part: nn.Module, *kinds: Type[nn.Module]) -> None:
+    """Checks that a part about to be folded is what it was built as, and no adapter around it, which would be lost.
+
+    Raises:
+        RuntimeError: It is something else.
+    """
+    if not isinstance(part, kinds):
+        raise RuntimeError(
+            f'{type(module).__name__} cannot be reparameterized: expected one of its parts to be a '
+            f'{" or ".join(kind.__name__ for kind in kinds)}, got {type(part).__name__}. Merge it into what it has '
+            f'replaced, or put that back.'
         )
 
 
@@ -105,6 +120,7 @@ class ConvNorm(ConvNormAct):
         if not isinstance(self.bn, _NORMS_WITH_ACT):
             return
         _check_eval(self)
+        check_part(self, self.conv, nn.Conv2d)
         old, norm = self.conv, self.bn
         weight, bias = fold_norm_into_previous(old.weight.data, None if old.bias is None else old.bias.data, norm)
         dd = dict(device=old.weight.device, dtype=old.weight.dtype)
@@ -215,8 +231,11 @@ class _RepSMPConv(DropsCaches):
         """The equivalent plain convolution with a bias: points rendered, norms and small branch folded in.
 
         Raises:
-            RuntimeError: The block is in train mode, or has norms that are no batch norms with running statistics.
+            RuntimeError: The block is in train mode, has norms that are no batch norms with running statistics, or
+                something else in the place of a convolution.
         """
+        check_part(self, self.large, SMPConv1d, SMPConv2d)
+        check_part(self, self.small, CausalConv1d, LargeConv2d)
         for norm in (self.large_norm, self.small_norm):
             if not is_foldable(norm):
                 raise RuntimeError(

@@ -216,7 +216,7 @@ class LargeKernelNet(nn.Module):
         ends_early = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
         if prune_norm or ends_early:  # the norm is that of the last stage
-            self.norm = nn.Identity()
+            self.norm = nn.Identity().train(self.training)
         if ends_early:
             self.num_features = self.head_hidden_size = self.head.in_features = self.feature_info[max_index]['num_chs']
         if prune_head or ends_early:

@@ -91,7 +91,7 @@ def build(
     def load(state_dict: Dict[str, Any], model: LargeKernelNet) -> Dict[str, torch.Tensor]:
         state_dict = filter_fn(state_dict, model)
         if model_args.get('inference_mode') and any(key.endswith('.kernel.weights') for key in state_dict):
-            return _deploy(state_dict, model_cls(**{**model_args, 'inference_mode': False}))
+            return _deploy(state_dict, model_cls, model_args)
         return state_dict
 
     model = build_model_with_cfg(
@@ -109,9 +109,18 @@ def build(
     return model
 
 
-def _deploy(state_dict: Dict[str, torch.Tensor], model: LargeKernelNet) -> Dict[str, torch.Tensor]:
-    """Weights of a network in training form, as the deployed form stores them."""
-    own = model.state_dict()
-    # a classifier for other classes is dropped by timm once the filter function has returned
-    model.load_state_dict({k: v if v.shape == own[k].shape else own[k] for k, v in state_dict.items()})
-    return model.eval().reparameterize().state_dict()
+def _deploy(
+    state_dict: Dict[str, torch.Tensor], model_cls: Type[LargeKernelNet], model_args: Dict[str, Any]
+) -> Dict[str, torch.Tensor]:
+    """Weights of a network in training form, as the deployed form stores them.
+
+    Raises:
+        RuntimeError: They do not fit the network.
+    """
+    # half precision would move the points by whole taps: timm casts the rendered kernels
+    dtype = torch.promote_types(model_args.get('dtype') or torch.get_default_dtype(), torch.float32)
+    model = model_cls(**{**model_args, 'inference_mode': False, 'num_classes': 0, 'dtype': dtype})
+    # passed on as it is: timm drops one for other classes once this has returned
+    classifier = {key: value for key, value in state_dict.items() if key.startswith('head.fc.')}
+    model.load_state_dict({key: value for key, value in state_dict.items() if key not in classifier})
+    return {**model.eval().reparameterize().state_dict(), **classifier}

@@ -22,7 +22,7 @@ from timm.layers import (
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import nn
 
-from ..layers import PeripheralConv2d, by_parts
+from ..layers import PeripheralConv2d, by_parts, check_part
 from ..ops import to_fast_format
 from ..ops.context import to_float64
 from ._base import LargeKernelNet, check_stages, init_weights
@@ -91,6 +91,8 @@ class PeLKBlock(nn.Module):
     @torch.jit.ignore
     def deploy(self, pos_embed: Optional[torch.Tensor]) -> None:
         """Renders the kernel with the embedding and folds gamma into the last layer, in place."""
+        if self.gamma is not None:
+            check_part(self, self.mlp.fc2, nn.Linear)
         if isinstance(self.conv, PeripheralConv2d):
             self.conv = self.conv.fuse(pos_embed if self.embedded else None)
             self.embedded = False
@@ -99,6 +101,16 @@ class PeLKBlock(nn.Module):
             last.weight.data = (to_float64(last.weight.data) * gamma[:, None]).to(last.weight)
             last.bias.data = (to_float64(last.bias.data) * gamma).to(last.bias)
             self.gamma = None
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """`deploy` without an embedding; the stage deploys blocks that need its embedding."""
+        if self.embedded:
+            raise RuntimeError(
+                'The positional embedding of a PeLKBlock is in its PeLKStage: call reparameterize() of the stage or of '
+                'the network.'
+            )
+        self.deploy(None)
 
     def _mix(self, x: torch.Tensor, pos_embed: Optional[torch.Tensor]) -> torch.Tensor:
         part = to_fast_format(x[:, : self.num_conv])
@@ -280,7 +292,7 @@ class PeLK(LargeKernelNet):
         num_stages = len(self.stages)
         take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if prune_norm or len(self.stages) < num_stages:
-            self.head.norm = nn.Identity()
+            self.head.norm = nn.Identity().train(self.training)
             self.head.num_features = self.num_features
         return take_indices
 

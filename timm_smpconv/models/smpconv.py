@@ -45,7 +45,7 @@ class _PreNormBlock(nn.Module):
         if is_foldable(self.norm):
             self.pw1.reparameterize()
             fold_norm_into_next(self.norm, self.pw1.conv)
-            self.norm = nn.Identity()
+            self.norm = nn.Identity().train(self.training)
 
     def _branch(self, x: torch.Tensor) -> torch.Tensor:
         return self.pw2(self.act(self.mix(self.pw1(self.norm(x)))))
