@@ -13,8 +13,10 @@ from conftest import build
 from safetensors.torch import save_file
 from synth import FIXTURE_NAMES, randomize_norms, reference_state, relative_error, spec, synth_input
 from timm.models import load_checkpoint
+from timm.models._manipulate import reinit_non_persistent_buffers
 
 from timm_smpconv.layers import SMPKernel
+from timm_smpconv.models.smpconv_seq import change_rate, checkpoint_filter_fn
 
 LIGHT = ['smpconv_mobile31', 'smpconv_cifar', 'smpconv_seq_chartraj', 'smpconv_seq_speech']
 
@@ -296,6 +298,18 @@ class TestPermutation:
         assert torch.equal(loaded(x), model(x))
         loaded = from_file(self.name, tmp_path / 'own.safetensors', inference_mode=True)
         assert relative_error(loaded(x), model(x)) <= 1e-5
+        reinit_non_persistent_buffers(loaded)  # of timm, for models whose buffers are in no checkpoint
+        assert relative_error(loaded(x), model(x)) <= 1e-5
+
+
+@pytest.mark.parametrize('name', ['smpconv_seq_pmnist', 'smpconv_seq_speech'])
+def test_weights_stay_where_they_are(name):
+    """timm reads files to the CPU, whatever the default device is."""
+    state, model = build(name).state_dict(), build(name, in_chans=4)
+    with torch.device('meta'):
+        adapted = change_rate(checkpoint_filter_fn(state, model), model, 0.5)
+    assert {value.device.type for value in adapted.values()} == {'cpu'}
+    model.load_state_dict(adapted)
 
 
 def test_no_weights_is_an_error():

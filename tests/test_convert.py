@@ -330,6 +330,14 @@ def test_card_of_a_customised_network(tmp_path):
     assert [check.name for check in check_folder(result.folder) if not check.ok] == ['logits, deployed']
 
 
+def test_a_store_that_cannot_be_written(tmp_path, monkeypatch):
+    path = tmp_path / 'weights.safetensors'
+    save_file(timm.create_model('smpconv_seq_mnist').state_dict(), path)
+    monkeypatch.setenv('TIMM_SMPCONV_CACHE', str(path))  # no folder
+    with pytest.raises(WeightsError, match='Cannot store the weights smpconv_seq_mnist.* set TIMM_SMPCONV_CACHE'):
+        convert(path, 'smpconv_seq_mnist', install=True)
+
+
 def test_a_full_disk(tmp_path):
     resource = pytest.importorskip('resource')
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -4,6 +4,7 @@ import builtins
 import gzip
 import hashlib
 import io
+import os
 import shutil
 import zipfile
 
@@ -17,7 +18,7 @@ from servers import Drive, serve
 from torchvision.datasets import MNIST
 
 from timm_smpconv import data
-from timm_smpconv._files import atomic_path, read_metadata
+from timm_smpconv._files import atomic_path, read_metadata, save_tensors, write_text
 from timm_smpconv.classes import CIFAR10, SPEECH_WORDS
 from timm_smpconv.data import load_character_trajectories, load_mnist, load_speech, prepare
 
@@ -93,7 +94,7 @@ def test_folder_without_archives(tmp_path, server):
     assert not server.requests
 
 
-def test_atomic_path(tmp_path):
+def test_atomic_path(tmp_path, monkeypatch):
     path = tmp_path / 'new' / 'file'
     with pytest.raises(KeyError):
         with atomic_path(path) as part:
@@ -103,6 +104,13 @@ def test_atomic_path(tmp_path):
     with atomic_path(path) as part:
         part.write_text('whole')
     assert [p.name for p in path.parent.iterdir()] == ['file']
+    other = tmp_path / 'other'
+    other.touch()
+    assert path.stat().st_mode == other.stat().st_mode  # readable by whom any file is
+    monkeypatch.setattr(os, 'umask', None)  # which threads share
+    write_text(path, 'again')
+    save_tensors(path, dict(a=torch.zeros(1)))
+    assert path.stat().st_mode == other.stat().st_mode
 
 
 # MNIST

@@ -430,6 +430,17 @@ def test_support_leaves_out_zeros_alone(size, center, spread, radius, seed, dtyp
         assert relative_error(given_, wanted) <= (1 if dtype == torch.bfloat16 else 10) * tolerance
 
 
+@pytest.mark.parametrize('coord', [0.5, 0.65625, 0.75, 0.984375])
+def test_support_of_long_kernels_in_half_precision(coord):
+    """Between bfloat16 numbers lie more taps than the radius spans: coordinate less radius must not be rounded."""
+    kernel = SMPKernel(1, 1, 16_000, ndim=1, num_points=1, radius=0.0019, causal=True)
+    with torch.no_grad():
+        kernel.coords.fill_(coord)
+    kernel.bfloat16()
+    full, part = kernel(), kernel.for_convolution()
+    assert torch.equal(part, full[..., -part.shape[2] :]) and part.count_nonzero() == full.count_nonzero() > 10
+
+
 @given(
     size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
     center=st.tuples(*[st.sampled_from([-1.2, -1.0, -0.3, 0.0, 0.8, 1.0, 1.3])] * 2),

@@ -5,7 +5,7 @@ import csv
 import glob
 import json
 import os
-import tempfile
+import secrets
 import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Sequence
@@ -35,16 +35,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > _STALE:
                 left.unlink()
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.part')
-    os.close(handle)
-    part = Path(name)
+    part = path.with_name(f'.{path.name}.{secrets.token_hex(8)}.part')
+    part.touch(exist_ok=False)
+    mode = part.stat().st_mode  # that of any other file, which safetensors and the tempfile module hide from others
     try:
         yield part
         with part.open('rb+') as file:  # Windows syncs nothing that is open for reading alone
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)  # the mode of temporary files hides them from all other users
+        part.chmod(mode)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -469,7 +469,7 @@ def _from_authors(name: str) -> Path:
             raise _Unavailable(f'downloaded twice, and unusable both times: {problem}')
     except OSError as e:
         raise _Unavailable(f'cannot write to {store.store_dir()} ({one_line(e)}): set TIMM_SMPCONV_CACHE.') from e
-    except DownloadError as e:
+    except (DownloadError, WeightsError) as e:
         raise _Unavailable(str(e)) from e
 
 

@@ -83,10 +83,18 @@ def file_sha256(path: Union[str, Path]) -> str:
 
 @contextlib.contextmanager
 def lock(name: str) -> Iterator[None]:
-    """Keeps other processes that prepare the same weights waiting; the system frees it if this process dies."""
+    """Keeps other processes that prepare the same weights waiting; the system frees it if this process dies.
+
+    Raises:
+        WeightsError: The store cannot be written.
+    """
     folder = store_dir() / '.locks'
-    folder.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(folder / f'{name}.lock'):
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(WeakFileLock(folder / f'{name}.lock'))
+        except OSError as e:
+            raise _unwritable(name, folder, e) from e
         yield
 
 
@@ -160,11 +168,15 @@ def install(name: str, weights: Path, source: str, source_sha256: str, by_hand: 
             shutil.copyfile(weights, part)
         write_text(folder / _ENTRY, json.dumps(dataclasses.asdict(entry), indent=2) + '\n')
     except OSError as e:
-        raise WeightsError(
-            f'Cannot store the weights {name} in {folder}: {e}. Make it writable, or set TIMM_SMPCONV_CACHE to another '
-            f'folder.'
-        ) from e
+        raise _unwritable(name, folder, e) from e
     return path
+
+
+def _unwritable(name: str, folder: Path, error: OSError) -> WeightsError:
+    return WeightsError(
+        f'Cannot store the weights {name} in {folder}: {error}. Make it writable, or set TIMM_SMPCONV_CACHE to another '
+        f'folder.'
+    )
 
 
 def _folder(name: str) -> Path:

@@ -248,7 +248,8 @@ class SMPKernel(DropsCaches):
         # shared points are few: there is nothing to gain by looking up their taps
         if math.prod(size) < 2 * _SUPPORT_STEP or (self.shared_points and not self.causal):
             return self._render_full_precision(size)
-        radius = self.radius.detach()
+        # half precision would lose the radius in the difference
+        radius = self.radius.detach().to(torch.promote_types(self.weights.dtype, torch.float32))
         first = (self.coords.detach() - radius.unsqueeze(2)).min().item()
         if not math.isfinite(first):
             return self._render_full_precision(size)

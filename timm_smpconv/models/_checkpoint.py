@@ -87,6 +87,6 @@ def adapt_input_channels(
         if in_chans == 1:
             out[name] = weight.float().sum(1, keepdim=True).to(weight.dtype)
         else:
-            index = torch.arange(in_chans) % chans
+            index = torch.arange(in_chans, device=weight.device) % chans
             out[name] = weight[:, index] * (chans / in_chans)
     return out

@@ -61,6 +61,11 @@ class PermuteSteps(nn.Module):
         """Fills the buffer, after construction on the meta device."""
         self.permutation.copy_(torch.tensor(self._steps))
 
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.permutation.is_meta:
+            self._steps = self.permutation.tolist()  # timm may fill the buffer once more
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return permute_steps(x, self.permutation)
 
@@ -266,7 +271,7 @@ def convert_checkpoint(state_dict: Dict[str, Any], model: SMPConvSeq) -> Dict[st
     state_dict = convert_reference(state_dict, _REFERENCE_RULES)
     if 'stem.permute.permutation' in model.state_dict():  # not part of the reference checkpoint
         order = state_dict.setdefault('stem.permute.permutation', model.stem.permute.permutation)
-        if not order.is_meta and not torch.equal(order.cpu().sort()[0], torch.arange(order.numel())):
+        if not order.is_meta and sorted(order.flatten().tolist()) != list(range(order.numel())):
             raise ValueError('stem.permute.permutation is no order of the steps: each must occur once.')
     return state_dict
 
@@ -286,9 +291,9 @@ def change_rate(state_dict: Dict[str, torch.Tensor], model: SMPConvSeq, ratio: f
     changed = dict(state_dict)
     for key, weight in state_dict.items():
         if key.endswith('.small.weight') and key in wanted:
-            age = torch.arange(wanted[key][2] - 1, -1, -1, dtype=torch.float64) / ratio  # old steps before the present
-            taps = weight.shape[2]
-            old = torch.arange(taps - 1, -1, -1, dtype=torch.float64)
+            options = dict(dtype=torch.float64, device=weight.device)
+            age = torch.arange(wanted[key][2] - 1, -1, -1, **options) / ratio  # old steps before the present
+            old = torch.arange(weight.shape[2] - 1, -1, -1, **options)
             share = torch.relu(1.0 - (age - old.unsqueeze(1)).abs())  # old taps, new taps
             changed[key] = (weight.double() @ share).to(weight.dtype)
     return changed

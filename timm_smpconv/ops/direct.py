@@ -81,7 +81,7 @@ class _Depthwise(torch.autograd.Function):
             grad_x = correlate(grad, weight.flip(2, 3), None, right, True)
         if ctx.needs_input_grad[1]:
             # the map of gradients is the kernel; one image at a time beats a convolution with batch * channels groups
-            total = torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+            total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
             for image, kernel in zip(x.to(total.dtype).split(1), grad.to(total.dtype).unbind()):
                 total += correlate(image, kernel.unsqueeze(1), None, ctx.left, True).permute(1, 0, 2, 3)
             grad_w = total.to(weight.dtype)
