@@ -18,12 +18,14 @@ import sys
 import time
 from pathlib import Path
 from typing import Dict, Iterator, List, Tuple
+from unittest import mock
 
 import torch
 from tqdm import tqdm
 
 from timm_smpconv import ops
 from timm_smpconv._files import atomic_path
+from timm_smpconv.ops import direct
 
 # channels in and out (0: depthwise), map or steps, taps
 SHAPES = {
@@ -47,6 +49,14 @@ BACKENDS = {
 DTYPES = {'bfloat16': torch.bfloat16, 'float32': torch.float32}
 _MAX_NUMBERS = 2**29  # of a map
 _MAX_PRODUCTS = {'cuda': 2**44, 'cpu': 2**32}  # multiply-adds of direct, not waited for beyond
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What the rule knows of a machine: the type of its device, and whether its CPU multiplies bfloat16."""
+
+    device: str
+    bfloat16: bool = direct.MULTIPLIES_BFLOAT16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,42 +133,42 @@ def measure(case: Case, backend: str, device: str) -> float:
     return statistics.median(times)
 
 
-def ratios(times: Dict[Case, Dict[str, float]], device: str) -> Dict[Case, float]:
-    """Time of the choice relative to that of the fastest backend, of the cases in which both are known."""
+def choices(times: Dict[Case, Dict[str, float]], machine: Machine) -> Dict[Case, Tuple[str, float]]:
+    """The choice on a machine and its time relative to that of the fastest backend, where both are known."""
     found = {}
-    for case, measured in times.items():
-        chosen = case.choice(device)
-        if chosen in measured and len(measured) > 1:
-            found[case] = measured[chosen] / min(measured.values())
+    with mock.patch.object(direct, 'MULTIPLIES_BFLOAT16', machine.bfloat16):
+        for case, measured in times.items():
+            chosen = case.choice(machine.device)
+            if chosen in measured and len(measured) > 1:
+                found[case] = chosen, measured[chosen] / min(measured.values())
     return found
 
 
-def report(times: Dict[Case, Dict[str, float]], device: str, limit: float) -> None:
+def report(times: Dict[Case, Dict[str, float]], machine: Machine, limit: float) -> None:
     """Prints the cases whose choice takes more than `limit` times as long as the fastest, and a summary."""
-    found = ratios(times, device)
+    found = choices(times, machine)
     for case in sorted(found, key=dataclasses.astuple):
-        if found[case] > limit:
+        chosen, ratio = found[case]
+        if ratio > limit:
             measured = ', '.join(f'{name} {ms:.2f}' for name, ms in sorted(times[case].items()))
-            print(
-                *dataclasses.astuple(case),
-                f'{case.choice(device)}: {found[case]:.1f} times the fastest ({measured} ms)',
-            )
+            print(*dataclasses.astuple(case), f'{chosen}: {ratio:.1f} times the fastest ({measured} ms)')
     if found:
-        near, middle = sum(ratio <= limit for ratio in found.values()), statistics.median(found.values())
+        ratios = [ratio for _, ratio in found.values()]
+        near, middle = sum(ratio <= limit for ratio in ratios), statistics.median(ratios)
         print(f'{near} of {len(found)} choices within {limit:.2f} times the fastest, median {middle:.2f}')
 
 
-def read(path: str) -> Tuple[Dict[Case, Dict[str, float]], str]:
-    """Times of an earlier run, and its device."""
+def read(path: str) -> Tuple[Dict[Case, Dict[str, float]], Machine]:
+    """Times of an earlier run, and its machine."""
     times: Dict[Case, Dict[str, float]] = collections.defaultdict(dict)
-    device = 'cpu'
+    machine = Machine('cpu')
     with open(path, newline='') as file:
         for row in csv.DictReader(file):
             numbers = [int(row[name]) for name in ('in_chs', 'out_chs', 'size', 'taps', 'batch')]
             case = Case(row['kind'], *numbers, row['dtype'], row['train'] == 'True')
             times[case][row['backend']] = float(row['ms'])
-            device = row['device']
-    return times, device
+            machine = Machine(row['device'], row.get('bfloat16') == 'True')
+    return times, machine
 
 
 def main() -> None:
@@ -181,6 +191,7 @@ def main() -> None:
         work = [(case, name) for case, name in work if name != 'toeplitz' and case.numbers() < 2**24]
     random.Random(0).shuffle(work)
     times: Dict[Case, Dict[str, float]] = collections.defaultdict(dict)
+    machine = Machine(args.device)
     started = time.monotonic()
     try:
         for case, name in tqdm(work, unit='case', disable=None):
@@ -192,11 +203,12 @@ def main() -> None:
     if args.csv:
         with atomic_path(Path(args.csv)) as part, open(part, 'w', newline='') as file:
             writer = csv.writer(file)
-            writer.writerow([*(field.name for field in dataclasses.fields(Case)), 'backend', 'device', 'ms'])
+            columns = [field.name for kind in (Case, Machine) for field in dataclasses.fields(kind)]
+            writer.writerow([*columns, 'backend', 'ms'])
             for case, measured in times.items():
                 for name, ms in measured.items():
-                    writer.writerow([*dataclasses.astuple(case), name, args.device, f'{ms:.4g}'])
-    report(times, args.device, args.limit)
+                    writer.writerow([*dataclasses.astuple(case), *dataclasses.astuple(machine), name, f'{ms:.4g}'])
+    report(times, machine, args.limit)
 
 
 if __name__ == '__main__':

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from timm_smpconv.cli import main
+from timm_smpconv.data import speaker_number
 from timm_smpconv.validate import validate
-from timm_smpconv.weights import WEIGHTS
+from timm_smpconv.weights import WEIGHTS, bundled_path, training_speakers
 
 EXCERPTS = Path(__file__).resolve().parent / 'excerpts'
 EXPECTED = json.loads((EXCERPTS / 'expected.json').read_text())
@@ -48,3 +50,22 @@ def test_hits(key, data):
     expected = WEIGHTS[key].accuracy / 100
     deviation = (expected * (1 - expected) / result.total) ** 0.5
     assert result.hits / result.total > expected - 4 * deviation - 1 / result.total
+
+
+def test_speakers_of_the_training_data_are_left_out(data, tmp_path, capsys):
+    """The official test split has them too: the accuracy of the table is of the others."""
+    key = 'smpconv_seq_speech.sc'
+    heard = training_speakers(key)
+    assert len(set(heard)) == 130 and training_speakers('smpconv_seq_mnist.smnist') == []
+    tensors = load_file(data / 'speech_commands' / 'test.safetensors')
+    for i in range(20):
+        tensors['speakers'][i] = speaker_number(heard[i])
+    (tmp_path / 'speech_commands').mkdir()
+    save_file(tensors, tmp_path / 'speech_commands' / 'test.safetensors')
+    result = validate('smpconv_seq_speech', tmp_path, progress=False)
+    assert (result.total, result.left_out) == (EXPECTED[key]['total'] - 20, 20)
+    assert result.labels.tolist() == tensors['labels'][20:].tolist()
+    given = validate('smpconv_seq_speech', tmp_path, bundled_path(key), progress=False)  # may be of other data
+    assert (given.total, given.left_out) == (EXPECTED[key]['total'], 0)
+    main(['validate', '--model', key, '--data', str(tmp_path)])
+    assert '20 others were left out' in capsys.readouterr().out

@@ -344,9 +344,11 @@ def _validate(args: argparse.Namespace) -> int:
         summary = f'{hits} of {total} test samples right, {accuracy:.2f} %'
     if args.json:
         entry = dict(model=args.model, hits=hits, total=total, accuracy=accuracy, interval=[100 * low, 100 * high])
-        print(json.dumps(entry, indent=2))
+        print(json.dumps({**entry, 'left_out': result.left_out}, indent=2))
     else:
         print(f'{args.model}: {summary} (95 % interval {100 * low:.2f} to {100 * high:.2f} %)')
+        if result.left_out:
+            print(f'{result.left_out} others were left out: these weights were trained on recordings of their speakers')
     if args.confusion:  # last, so that a picture that cannot be written does not cost the result
         with _user_errors(ValueError, OSError):
             draw_confusion(result.confusion, result.names, f'{args.model}: {summary}', Path(args.confusion))

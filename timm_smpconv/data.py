@@ -37,7 +37,16 @@ from .classes import CHARACTERS, CIFAR10, SPEECH_WORDS
 from .download import DownloadError, download
 from .store import file_sha256
 
-__all__ = ['DATA_SETS', 'Prepared', 'Samples', 'load_character_trajectories', 'load_mnist', 'load_speech', 'prepare']
+__all__ = [
+    'DATA_SETS',
+    'Prepared',
+    'Samples',
+    'load_character_trajectories',
+    'load_mnist',
+    'load_speech',
+    'prepare',
+    'speaker_number',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -376,7 +385,7 @@ def _make_speech(target: Path, files: List[Path], downloads: Path, progress: boo
             dict(
                 waves=torch.from_numpy(np.stack([recordings[key] for key in keys])),
                 labels=torch.tensor([SPEECH_WORDS.index(key[0]) for key in keys]),
-                speakers=torch.tensor([_speaker_number(key[1]) for key in keys]),
+                speakers=torch.tensor([speaker_number(key[1]) for key in keys]),
             ),
             dict(
                 words=SPEECH_WORDS,
@@ -410,7 +419,8 @@ def _decode(content: bytes, name: str) -> np.ndarray:
     return (sound.samples[:, 0] * 32768).astype(np.int16)
 
 
-def _speaker_number(speaker: str) -> int:
+def speaker_number(speaker: str) -> int:
+    """What stands for a speaker in `Samples`: a hash of the name."""
     return int.from_bytes(hashlib.sha256(speaker.encode()).digest()[:7], 'big')
 
 

@@ -12,10 +12,13 @@ from timm.data import ImageDataset, ImageNetInfo, create_loader, resolve_data_co
 from torch import nn
 from tqdm import tqdm
 
+from . import store
 from .classes import CLASS_NAMES
+from .data import Samples, speaker_number
 from .predict import check_known, class_names, load_model
 from .tasks import TASKS
 from .train import evaluate
+from .weights import training_speakers
 
 __all__ = ['Measurement', 'validate']
 
@@ -29,12 +32,14 @@ class Measurement:
         predictions: Predicted classes, (N,).
         labels: True classes, (N,).
         names: Names of the classes.
+        left_out: Test samples that were not looked at, since the weights were trained on their speakers.
     """
 
     model: str
     predictions: torch.Tensor
     labels: torch.Tensor
     names: List[str]
+    left_out: int = 0
 
     @property
     def total(self) -> int:
@@ -61,6 +66,9 @@ def validate(
 ) -> Measurement:
     """Runs a model over its test data.
 
+    The bundled speech weights were trained on half of the official test split: recordings by the speakers of that half
+    are left out, unless other weights are given.
+
     Args:
         name: `name` or `name.tag` of a model of this package.
         data_dir: What `timm-smpconv data` made; for ImageNet and CIFAR-10 a folder of class folders, or one that holds
@@ -76,16 +84,26 @@ def validate(
     check_known(name)
     task = TASKS.get(name.partition('.')[0])
     if task:
-        samples = task.load(data_dir, False)
+        found = task.load(data_dir, False)
+        samples = found if checkpoint_path else _unheard(name, found)
         if not len(samples):
             raise ValueError(f'{data_dir} has no test data for {name}.')
         model = load_model(name, checkpoint_path)
         predictions = evaluate(model, samples, task, progress=progress)
-        return Measurement(name, predictions, samples.labels, class_names(model))
+        return Measurement(name, predictions, samples.labels, class_names(model), len(found) - len(samples))
     dataset = _image_folder(name, Path(data_dir))
     model = load_model(name, checkpoint_path)
     predictions, labels = _evaluate_images(model, dataset, progress)
     return Measurement(name, predictions, labels, class_names(model))
+
+
+def _unheard(name: str, samples: Samples) -> Samples:
+    """The samples whose speakers the model's own weights were not trained on."""
+    key = f'{name.partition(".")[0]}.{timm.get_pretrained_cfg(name).tag}'
+    heard = training_speakers(key)
+    if not heard or samples.speakers is None or store.find(key, by_hand=True):  # weights of the user come first
+        return samples
+    return samples[~torch.isin(samples.speakers, torch.tensor([speaker_number(speaker) for speaker in heard]))]
 
 
 class _Images(ImageDataset):

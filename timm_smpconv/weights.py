@@ -7,11 +7,20 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 
-__all__ = ['WEIGHTS', 'Weights', 'WeightsError', 'bundled_path', 'fixed_input', 'hub_repo', 'wilson']
+__all__ = [
+    'WEIGHTS',
+    'Weights',
+    'WeightsError',
+    'bundled_path',
+    'fixed_input',
+    'hub_repo',
+    'training_speakers',
+    'wilson',
+]
 
 _FOLDER = Path(__file__).resolve().parent / 'pretrained'
 
@@ -37,6 +46,8 @@ class Weights:
         test_data: What the test inputs are, for a sentence.
         note: Why the measured accuracy is not the paper's.
         logits: Output of the bundled weights for `fixed_input`.
+        speakers: File name of a list of the speakers that the bundled weights were trained on, where they are of the
+            test split.
     """
 
     trained_on: str
@@ -51,6 +62,7 @@ class Weights:
     test_data: str = ''
     note: str = ''
     logits: Optional[Tuple[float, ...]] = None
+    speakers: Optional[str] = None
 
     @property
     def accuracy(self) -> Optional[float]:
@@ -155,6 +167,7 @@ WEIGHTS: Dict[str, Weights] = {
         note='Trained on 2,458 recordings, the other half of that split, where the paper has 34,975: not comparable. '
         'Three seeds: 93.42 % on average, standard deviation 0.59.',
         logits=(-0.894, -1.2862, 0.7639, -0.3262, 3.0244, -0.4561, -0.6736, -0.5333, 0.6543, -0.5387),
+        speakers='speech_commands.speakers.txt',
     ),
     'smpconv_seq_speech_raw.sc_raw': Weights(
         'Speech Commands, raw audio',
@@ -172,6 +185,7 @@ WEIGHTS: Dict[str, Weights] = {
         'at half the rate and four at the full rate on two CPU cores in an hour and 42 minutes; the paper has 34,975 '
         'recordings and 160 epochs: not comparable.',
         logits=(0.2433, -2.3343, -3.6313, 0.2951, -0.7119, -0.1417, 1.9583, 0.3522, -1.8523, -1.3954),
+        speakers='speech_commands.speakers.txt',
     ),
 }
 
@@ -180,6 +194,12 @@ def bundled_path(name: str) -> Optional[Path]:
     """File of the weights `model.tag` if they come with this package."""
     bundled = WEIGHTS[name].bundled
     return _FOLDER / bundled if bundled else None
+
+
+def training_speakers(name: str) -> List[str]:
+    """Speakers of the test split that the bundled weights `model.tag` were trained on."""
+    speakers = WEIGHTS[name].speakers
+    return (_FOLDER / speakers).read_text(encoding='utf-8').split() if speakers else []
 
 
 def hub_repo(name: str) -> str:
