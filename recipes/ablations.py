@@ -6,10 +6,10 @@ held-out training images. Test images have no part in it. The setting of the pap
 
     timm-smpconv data cifar10 data
     python recipes/ablations.py --data data/cifar10 --output output/ablations
-    python recipes/ablations.py --data data/cifar10 --output output/ablations --tables 6 --seeds 0 1 2 --epochs 20
+    python recipes/ablations.py --data data/cifar10 --output output/table6 --tables 6 --seeds 0 1 2 --epochs 20
 
-It prints the tables with the paper's numbers beside the ones of this run, and writes them to ablations.csv after each
-run. The same command continues after an interruption.
+It prints the tables with the paper's numbers beside the ones of this call, and writes them to ablations.csv after each
+run. The same command continues after an interruption; another number of epochs wants another folder.
 """
 
 import argparse
@@ -132,11 +132,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         parser.error(f'--hold-out must be at least 1, got {args.hold_out}: settings are compared by these images.')
     torch.set_float32_matmul_precision('high')  # as in train.py
     torch.backends.cudnn.benchmark = True
-    train, held = load_images(args.data / 'train', args.hold_out)
     base, device = args.config and Recipe.read(args.config), torch.device(args.device)
+    train, held = load_images(args.data / 'train', args.hold_out)
     settings = [setting for setting in SETTINGS if setting.table in args.tables]
     accuracies: Dict[str, List[float]] = {}
-    for seed in args.seeds:
+    for seed in dict.fromkeys(args.seeds):
         for setting in {setting.folder: setting for setting in settings}.values():
             folder = args.output / f'{setting.folder}-seed{seed}'
             trainer = Trainer(

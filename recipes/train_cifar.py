@@ -15,6 +15,7 @@ phase. The same command continues a run that was stopped, after the last epoch t
 
 import argparse
 import dataclasses
+import hashlib
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,6 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-import yaml
 from PIL import Image
 from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2
@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import timm_smpconv  # noqa: F401  registers the networks
 from timm_smpconv._files import atomic_path, save_tensors, write_rows
+from timm_smpconv.recipe import read_fields
 
 EMA_STEPS = 4  # between updates of the average
 SAVE_SECONDS = 60  # after which an epoch is saved that is not looked at
@@ -88,7 +89,7 @@ class Recipe:
         teacher: NAME of a network with bundled weights, or NAME:FILE; '' for none.
         ask_once: Ask the teacher about each image as it is, once, and not about what is made of it in each step. For a
             CPU, where a teacher may take longer than what it teaches.
-        task_loss_weight: Share of the labels in the loss, beside the teacher's.
+        task_loss_weight: Share of the labels in the loss where there is a teacher, whose share is the rest.
         kd_temperature: Temperature of the teacher's answers.
         smoothing: Label smoothing.
         opt: Name of the optimizer in timm.
@@ -102,7 +103,7 @@ class Recipe:
     initial_checkpoint: str = ''
     teacher: str = ''
     ask_once: bool = False
-    task_loss_weight: float = 1.0
+    task_loss_weight: float = 0.5
     kd_temperature: float = 1.0
     smoothing: float = 0.0
     opt: str = 'nmuon'
@@ -112,12 +113,24 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.ask_once and (not self.teacher or any(phase.cutmix for phase in self.phases)):
             raise ValueError('ask_once needs a teacher and no cutmix: an answer is about an image as it is.')
+        if not 0 <= self.task_loss_weight < 1:
+            raise ValueError(f'task_loss_weight must lie in [0, 1), got {self.task_loss_weight}: the rest is learned.')
+        if self.pretrained and self.initial_checkpoint:
+            raise ValueError('pretrained and initial_checkpoint both say what to begin with: give one of them.')
 
     @classmethod
     def read(cls, path: Path) -> 'Recipe':
-        """From YAML."""
-        fields = yaml.safe_load(path.read_text())
-        return cls(**{**fields, 'phases': [Phase(**phase) for phase in fields['phases']]})
+        """From YAML.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: It is not YAML, or no recipe.
+        """
+        fields = read_fields(path)
+        try:
+            return cls(**{**fields, 'phases': [Phase(**phase) for phase in fields.get('phases', ())]})
+        except TypeError as e:  # fields that are not known or of another type
+            raise ValueError(f'{path} is no recipe of this script: {e}.') from e
 
 
 Arrays = Tuple[torch.Tensor, torch.Tensor]  # images (N, 3, 32, 32), uint8, and labels (N,)
@@ -241,7 +254,7 @@ def create_teacher(name: str) -> nn.Module:
 
 
 def create(recipe: Recipe, phase: Phase, weights: Optional[Dict[str, torch.Tensor]]) -> nn.Module:
-    """The network of a phase, with the weights of the phase before if there are any."""
+    """The network of a phase, with weights that there are already, or with those to begin with."""
     first = weights is None
     model = create_network(
         recipe.model,
@@ -266,6 +279,7 @@ class Trainer:
     ):
         self.recipe, self.output, self.device = recipe, output, device
         self.graph = graph and device.type == 'cuda'
+        self.data = _digest(train, held)
         self.images, self.labels = (part.to(device) for part in train)
         self.held_images, self.held_labels = (part.to(device) for part in held)
         # that of ImageNet, as all of the networks have it, for numbers up to 255
@@ -362,12 +376,12 @@ class Trainer:
     ) -> Dict[str, torch.Tensor]:
         """A phase, or the rest of it; returns the averaged weights."""
         device = self.device
-        model = create(self.recipe, phase, weights).to(device, memory_format=torch.channels_last)
+        model = create(self.recipe, phase, saved['state_dict'] if saved else weights)
+        model = model.to(device, memory_format=torch.channels_last)
         optimizer = self.make_optimizer(model, phase)
         rates = [group.get('lr_scale', 1.0) for group in optimizer.param_groups]
         ema = ModelEmaV3(model, decay=phase.model_ema_decay**EMA_STEPS)
         if saved:
-            model.load_state_dict(saved['state_dict'])
             optimizer.load_state_dict(saved['optimizer'])
             ema.module.load_state_dict(saved['state_dict_ema'])
             self.rows = saved['rows']
@@ -428,6 +442,7 @@ class Trainer:
         """Checkpoint after so many epochs of a phase, the average on its own, and the log."""
         checkpoint = dict(
             recipe=dataclasses.asdict(self.recipe),
+            data=self.data,
             phase=phase,
             epoch=epoch,
             state_dict=model.state_dict(),
@@ -450,7 +465,20 @@ class Trainer:
         saved = torch.load(path, map_location=self.device, weights_only=True)
         if saved['recipe'] != dataclasses.asdict(self.recipe):
             raise ValueError(f'{self.output} holds a run of another recipe: choose another output folder.')
+        if saved.get('data') != self.data:
+            raise ValueError(
+                f'{self.output} holds a run on other data, or with other images held out: choose another output folder.'
+            )
         return saved
+
+
+def _digest(*parts: Arrays) -> str:
+    """What tells one set of images and labels from another."""
+    digest = hashlib.sha256()
+    for images, labels in parts:
+        for numbers in (images.flatten(1).sum(1), labels):  # the sums of images, which take no time
+            digest.update(repr(numbers.tolist()).encode())
+    return digest.hexdigest()
 
 
 def _is_capturable(optimizer: torch.optim.Optimizer) -> bool:
@@ -476,8 +504,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parser.parse_args(argv)
     torch.set_float32_matmul_precision('high')  # as in train.py
     torch.backends.cudnn.benchmark = True
-    train, held = load_images(args.data / 'train', args.hold_out)
     recipe, device = Recipe.read(args.config), torch.device(args.device)
+    train, held = load_images(args.data / 'train', args.hold_out)
     Trainer(recipe, args.output, train, held, device, not args.no_graph).run()
 
 

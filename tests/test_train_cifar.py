@@ -64,10 +64,10 @@ def test_cutmix(script):
 def test_teacher_phases_and_resume(script, data, tmp_path, monkeypatch):
     """A ResNet is trained and teaches; a run that is killed within its second phase ends like an unbroken one."""
 
-    def run(name, recipe, output):
+    def run(name, recipe, output, hold_out=1):
         (tmp_path / f'{name}.yaml').write_text(yaml.safe_dump(recipe))
         args = ['--config', tmp_path / f'{name}.yaml', '--data', data, '--output', tmp_path / output]
-        script['main']([*map(str, args), '--hold-out', '1', '--device', 'cpu'])
+        script['main']([*map(str, args), '--hold-out', str(hold_out), '--device', 'cpu'])
         return load_file(tmp_path / output / 'model.safetensors')
 
     phase = dict(epochs=6, lr=0.05, weight_decay=5e-4, batch_size=25, warmup=2, model_ema_decay=0.5)
@@ -107,6 +107,8 @@ def test_teacher_phases_and_resume(script, data, tmp_path, monkeypatch):
     assert all(torch.equal(value, again[key]) for key, value in whole.items())
     with pytest.raises(ValueError, match='another recipe'):
         run('student', dict(student, seed=1), 'broken')
+    with pytest.raises(ValueError, match='other images held out'):
+        run('student', student, 'broken', hold_out=2)
 
 
 def test_asked_once(script, data, tmp_path):
@@ -158,6 +160,25 @@ def test_recipes_that_cannot_work(script):
             script['Recipe']('smpconv_seq_cifar', ask_once=True, **kwargs)
     with pytest.raises(ValueError, match='resnet18:FILE'):
         script['create_teacher']('resnet18')
+    with pytest.raises(ValueError, match=r'task_loss_weight must lie in \[0, 1\), got 1'):
+        script['Recipe']('smpconv_seq_cifar', [], teacher='smpconv_cifar', task_loss_weight=1)
+    with pytest.raises(ValueError, match='give one of them'):
+        script['Recipe']('smpconv_seq_cifar', [], pretrained=True, initial_checkpoint='x.safetensors')
+
+
+def test_reading_a_recipe(script, tmp_path):
+    path = tmp_path / 'recipe.yaml'
+    path.write_text('model: smpconv_cifar\nphases:\n- {epochs: 1, lr: 1e-3}\n')
+    assert script['Recipe'].read(path).phases[0].lr == 0.001  # text by YAML 1.1
+    for text, message in (
+        ('phases: [{epochs: 1, rate: 1.0}]', 'no recipe of this script: .*rate'),
+        ('phases: [{epochs: 1, lr: 1.0}]', 'no recipe of this script: .*model'),
+        ('- a', 'must hold the fields'),
+        ('a: [', 'is not YAML'),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            script['Recipe'].read(path)
 
 
 def test_shipped_recipes(script):

@@ -157,8 +157,24 @@ def field_texts() -> Dict[str, str]:
     return {name: ' '.join(line.split()) for name, line in re.findall(r'^ {4}(\w+): ((?:.|\n {8})+)$', text, re.M)}
 
 
+def read_fields(path: Path) -> Dict[str, Any]:
+    """Reads a mapping from YAML, in which 1e-3 is a number and no key may be there twice; JSON is YAML too.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It holds something else.
+    """
+    try:
+        fields = yaml.load(path.read_text(encoding='utf-8'), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ValueError(f'{path} is not YAML: {e}.') from e
+    if not isinstance(fields, dict):
+        raise ValueError(f'{path} must hold the fields of a recipe.')
+    return fields
+
+
 def read_recipe(path: Path) -> Dict[str, Any]:
-    """Reads the fields of a recipe from YAML; JSON is YAML too.
+    """Reads the fields of a recipe from YAML.
 
     Args:
         path: File.
@@ -170,13 +186,8 @@ def read_recipe(path: Path) -> Dict[str, Any]:
         OSError: The file cannot be read.
         ValueError: It is not YAML, or has unknown fields or wrong values.
     """
-    try:
-        fields = yaml.load(path.read_text(encoding='utf-8'), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ValueError(f'{path} is not YAML: {e}.') from e
+    fields = read_fields(path)
     types = {field.name: field.type for field in dataclasses.fields(Recipe)}
-    if not isinstance(fields, dict):
-        raise ValueError(f'{path} must hold the fields of a recipe: {", ".join(types)}.')
     for name, value in fields.items():
         if name not in types:
             raise ValueError(f'{path}: unknown field {name!r}, expected {", ".join(types)}.')
