@@ -78,6 +78,17 @@ def test_recovery(fault, folder, tmp_path, weights_sum):
         assert list(path.parent.glob('*.corrupt'))
 
 
+def test_private_means_private(folder, tmp_path):
+    with servers.hub_server() as server:
+        environment = servers.hub_environment(server, tmp_path)
+        server.hub.create('me/public')
+        before = dict(server.hub.repos['me/public']['refs'])
+        message = command(environment, 'push', folder, '--repo', 'me/public', '--private', expected=2)
+        assert 'me/public exists and is public' in message
+        assert server.hub.repos['me/public']['refs'] == before and not server.hub.repos['me/public']['private']
+        assert 'me/public/commit/' in command(environment, 'push', folder, '--repo', 'me/public')
+
+
 def test_push_load_verify(folder, tmp_path, weights_sum):
     """Push, then load by all names in new processes, without the server too; verify finds nothing, then a change."""
     repo = f'me/{NAME}'

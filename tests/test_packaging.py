@@ -1,5 +1,6 @@
 """The package as a guest of Python and timm."""
 
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -79,8 +80,26 @@ def _project():
 
 
 def test_dependencies():
-    names = {dependency.partition('>=')[0] for dependency in _project()['dependencies']}
-    assert names == {'torch', 'torchvision', 'timm', 'huggingface_hub', 'safetensors'}
+    """What is imported is declared, and the other way round."""
+    names = {re.split('[><=]', dependency)[0] for dependency in _project()['dependencies']}
+    imported = set()
+    for path in (ROOT / 'timm_smpconv').rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition('.')[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition('.')[0])
+    extras = {'soundfile', 'triton'}  # asked for where they are needed
+    others = imported - set(sys.stdlib_module_names) - {'timm_smpconv'} - extras
+    assert names == {{'PIL': 'Pillow', 'yaml': 'pyyaml'}.get(name, name) for name in others}
+
+
+def test_everything_in_the_folder_of_weights_is_packaged():
+    tomllib = pytest.importorskip('tomllib')
+    patterns = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['setuptools']['package-data']
+    folder = ROOT / 'timm_smpconv'
+    packaged = {path for pattern in patterns['timm_smpconv'] for path in folder.glob(pattern)}
+    assert set((folder / 'pretrained').iterdir()) <= packaged
 
 
 def test_modules_belong_to_installed_packages():

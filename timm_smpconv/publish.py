@@ -57,7 +57,7 @@ def push(
     Args:
         folder: Hub-ready folder.
         repo: `ORG/NAME`; made if it does not exist.
-        private: Make it a private repository.
+        private: Make it a private repository, and upload to no other.
         create_pr: Open a pull request instead of committing to the main branch.
         token: Token of the Hub in place of that of the environment or of the login.
 
@@ -66,7 +66,7 @@ def push(
 
     Raises:
         ValueError: The folder is not complete and right.
-        WeightsError: The Hub refuses or cannot be reached.
+        WeightsError: The repository is public and should not be, the Hub refuses or cannot be reached.
     """
     folder = Path(folder)
     wrong = [check for check in check_folder(folder) if not check.ok]
@@ -75,7 +75,10 @@ def push(
         raise ValueError(f'{folder} cannot be published: {problems}. Expected a folder made by timm-smpconv convert.')
     api = HfApi(token=token, library_name='timm_smpconv', library_version=__version__)
     try:
-        repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        # without --private the Hub decides: organisations have a default of their own
+        repo = api.create_repo(repo, exist_ok=True, **(dict(private=True) if private else {})).repo_id
+        if private and not api.model_info(repo).private:  # one that existed stays as it is
+            raise WeightsError(f'{repo} exists and is public: make it private on its page, or choose another name.')
         with tempfile.TemporaryDirectory() as temporary:
             copy = Path(shutil.copytree(folder, Path(temporary) / 'folder'))
             card = (copy / 'README.md').read_text(encoding='utf-8')
@@ -88,6 +91,8 @@ def push(
                 commit_message=f'Weights and card, by timm_smpconv {__version__}',
                 create_pr=create_pr,
             )
+    except WeightsError:
+        raise
     except Exception as e:  # clients of different versions raise different families of exceptions
         raise WeightsError(
             f'Cannot push {folder} to {repo} ({without_password(api.endpoint)}): {hub_cause(e, repo)}'
