@@ -17,6 +17,7 @@ from timm.models._manipulate import reinit_non_persistent_buffers
 
 from timm_smpconv.layers import SMPKernel
 from timm_smpconv.models.smpconv_seq import change_rate, checkpoint_filter_fn
+from timm_smpconv.predict import load_model
 
 LIGHT = ['smpconv_mobile31', 'smpconv_cifar', 'smpconv_seq_chartraj', 'smpconv_seq_speech']
 
@@ -310,6 +311,13 @@ def test_weights_stay_where_they_are(name):
         adapted = change_rate(checkpoint_filter_fn(state, model), model, 0.5)
     assert {value.device.type for value in adapted.values()} == {'cpu'}
     model.load_state_dict(adapted)
+
+
+def test_a_checkpoint_of_a_sister_network(tmp_path):
+    """The same keys and widths, other numbers of points: kernels of one size would hide it."""
+    save_file(build('smpconv_mobile31').state_dict(), tmp_path / 'mobile31.safetensors')
+    with pytest.raises(ValueError, match='size mismatch.* Expected a checkpoint of this model'):
+        load_model('smpconv_mobile51', tmp_path / 'mobile31.safetensors')
 
 
 def test_no_weights_is_an_error():
