@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import timm
 import torch
@@ -138,7 +139,8 @@ def _images():
     yield 'rotated.jpg', rgb, dict(exif=exif.tobytes())
     yield 'CMYK.jpg', rgb.convert('CMYK'), {}
     yield 'CMYK.tif', rgb.convert('CMYK'), {}
-    yield 'YCbCr.tif', rgb.convert('YCbCr'), {}
+    if int(PIL.__version__.split('.')[0]) >= 13:  # older ones cannot read what they have written
+        yield 'YCbCr.tif', rgb.convert('YCbCr'), {}
     yield 'LAB.tif', Image.merge('LAB', rgb.split()), {}
     yield 'I;16.png', Image.fromarray(_pixels((37, 29), np.uint16, 65536)), {}
     yield 'I;16.tif', Image.fromarray(_pixels((37, 29), np.uint16, 65536)), {}
