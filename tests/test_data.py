@@ -50,6 +50,8 @@ def test_unknown_or_wrong_folder(tmp_path):
 @pytest.fixture
 def server(monkeypatch):
     """Where everything is downloaded from."""
+    for key in ('no_proxy', 'NO_PROXY'):
+        monkeypatch.setenv(key, '127.0.0.1')
     with serve(Drive()) as drive:
         monkeypatch.setattr(MNIST, 'mirrors', ['http://127.0.0.1:9/nobody/', f'{drive.url}/'])
         for name in ('_CIFAR10_URL', '_SPEECH_URL', '_TRAJECTORIES_URL'):
