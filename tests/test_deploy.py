@@ -195,9 +195,8 @@ def test_weights_of_another_network_are_not_deployed(tmp_path):
     save_file(build('smpconv_cifar', num_points=8).state_dict(), path)
     for inference_mode in (False, True):
         with pytest.raises(RuntimeError, match='size mismatch for .*coords'):
-            build('smpconv_cifar', checkpoint_path=str(path)) if not inference_mode else build(
-                'smpconv_cifar', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), inference_mode=True
-            )
+            overlay = dict(file=str(path))
+            build('smpconv_cifar', pretrained=True, pretrained_cfg_overlay=overlay, inference_mode=inference_mode)
 
 
 @torch.no_grad()

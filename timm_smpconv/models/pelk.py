@@ -93,14 +93,13 @@ class PeLKBlock(nn.Module):
         """Renders the kernel with the embedding and folds gamma into the last layer, in place."""
         if self.gamma is not None:
             check_part(self, self.mlp.fc2, nn.Linear)
-        if isinstance(self.conv, PeripheralConv2d):
-            self.conv = self.conv.fuse(pos_embed if self.embedded else None)
-            self.embedded = False
-        if self.gamma is not None:
             last, gamma = self.mlp.fc2, to_float64(self.gamma.data)
             last.weight.data = (to_float64(last.weight.data) * gamma[:, None]).to(last.weight)
             last.bias.data = (to_float64(last.bias.data) * gamma).to(last.bias)
             self.gamma = None
+        if isinstance(self.conv, PeripheralConv2d):
+            self.conv = self.conv.fuse(pos_embed if self.embedded else None)
+            self.embedded = False
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
