@@ -184,12 +184,12 @@ def main() -> None:
     if args.replay:
         report(*read(args.replay), args.limit)
         return
-    work = [(case, name) for case in all_cases(args.kinds, args.batches) for name in BACKENDS[case.kind]]
-    work = [(case, name) for case, name in work if name in ops.available_backends()]
+    cases = list(all_cases(args.kinds, args.batches))
+    random.Random(0).shuffle(cases)  # a run that is cut short has a sample of them all
+    work = [(case, name) for case in cases for name in BACKENDS[case.kind] if name in ops.available_backends()]
     work = [(case, name) for case, name in work if name != 'direct' or case.products() < _MAX_PRODUCTS[args.device]]
     if args.device == 'cpu':
         work = [(case, name) for case, name in work if name != 'toeplitz' and case.numbers() < 2**24]
-    random.Random(0).shuffle(work)
     times: Dict[Case, Dict[str, float]] = collections.defaultdict(dict)
     machine = Machine(args.device)
     started = time.monotonic()
@@ -197,7 +197,10 @@ def main() -> None:
         for case, name in tqdm(work, unit='case', disable=None):
             if time.monotonic() - started > args.seconds:
                 break
-            times[case][name] = measure(case, name, args.device)
+            try:
+                times[case][name] = measure(case, name, args.device)
+            except torch.OutOfMemoryError:  # of a GPU
+                tqdm.write(f'{case} {name}: not enough memory', file=sys.stderr)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
     if args.csv:

@@ -133,6 +133,7 @@ def inference(model: nn.Module, x: torch.Tensor) -> Run:
 
 
 def training_step(model: nn.Module, x: torch.Tensor, autocast: Optional[torch.dtype] = None) -> Run:
+    """Forward and backward pass; no optimizer, whose step is the same on all paths."""
     model.train()
     target = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
 
@@ -273,10 +274,15 @@ def gpu_op_case(channels: int, size: int, kernel: int, batch: int, dtype: torch.
         return F.conv2d(x, weight, padding=kernel // 2, groups=channels)
 
     ours, nchw, last = ops.depthwise_conv2d, torch.contiguous_format, torch.channels_last
+
+    def compiled() -> Run:
+        torch.compiler.reset()  # each case counts as another version of `plain`, and torch gives up after a few
+        return make(torch.compile(plain, dynamic=False), nchw)
+
     paths = {
         'plain': lambda: make(plain, nchw),
         'plain channels_last': lambda: make(plain, last),
-        'plain compiled': lambda: make(torch.compile(plain), nchw),
+        'plain compiled': compiled,
         'chosen': lambda: make(ours, nchw),
         'chosen channels_last': lambda: make(ours, last),
         'fft': lambda: make(ours, nchw, 'fft'),
@@ -372,7 +378,7 @@ def cpu_cases() -> List[Case]:
 def measure(
     runs: Dict[str, Run], repeats: int, seconds: float, device: str, progress: Callable[[str], None]
 ) -> Dict[str, float]:
-    """Median seconds of several runs of each path after one that warms up; at least two, however long they take.
+    """Median seconds of several runs of each path after one that warms up; two of them, however long they take.
 
     The paths take turns, so that a machine that slows down or speeds up does so for all of them.
     """
@@ -392,7 +398,7 @@ def measure(
 def peak_memory(case: str, path: str, threads: int, device: str) -> float:
     """MiB that a path adds to a fresh process, from its own measurement of two runs."""
     command = [sys.executable, __file__, '--threads', str(threads), '--device', device, '--memory-of', case, path]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # errors go to the terminal
     return float(result.stdout)
 
 
@@ -414,6 +420,10 @@ def print_peak_memory(case: Case, path: str, device: str) -> None:
     print(torch.cuda.max_memory_allocated() / 2**20 if device == 'cuda' else (peak_rss() - base) / 1024)
 
 
+def _first_words(cases: List[Case]) -> str:
+    return ', '.join(sorted({case.name.partition('-')[0] for case in cases}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--cases', nargs='*', default=[''], help='run the cases whose names start so')
@@ -426,10 +436,15 @@ def main() -> None:
     parser.add_argument('--csv', help='write the results here')
     parser.add_argument('--memory-of', nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error(f'--repeats must be at least 1, got {args.repeats}')
     torch.set_num_threads(args.threads)
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda needs a CUDA GPU, and torch sees none')
     cases = gpu_cases() if args.device == 'cuda' else cpu_cases()
+    strange = [prefix for prefix in args.cases if not any(c.name.startswith(prefix) for c in cases)]
+    if strange:
+        parser.error(f'no case begins with {", ".join(strange)}; the first words are {_first_words(cases)}')
     cases = [c for c in cases if any(c.name.startswith(prefix) for prefix in args.cases)]
     skipped = set(args.skip) & {path for case in cases for path in case.paths} - {'plain'}
     for case in cases:
@@ -437,8 +452,6 @@ def main() -> None:
             del case.paths[path]
     if args.skip and not set(args.skip) <= skipped:
         parser.error(f'no such path in these cases: {", ".join(sorted(set(args.skip) - skipped))}')
-    if not cases:
-        parser.error(f'no case begins with {" or ".join(args.cases)}')
     if args.memory_of:
         print_peak_memory(next(c for c in cases if c.name == args.memory_of[0]), args.memory_of[1], args.device)
         return

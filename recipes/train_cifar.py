@@ -111,12 +111,29 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not self.phases:
+            raise ValueError('phases is empty: expected what the network goes through, one or more.')
         if self.ask_once and (not self.teacher or any(phase.cutmix for phase in self.phases)):
             raise ValueError('ask_once needs a teacher and no cutmix: an answer is about an image as it is.')
         if not 0 <= self.task_loss_weight < 1:
             raise ValueError(f'task_loss_weight must lie in [0, 1), got {self.task_loss_weight}: the rest is learned.')
         if self.pretrained and self.initial_checkpoint:
             raise ValueError('pretrained and initial_checkpoint both say what to begin with: give one of them.')
+
+    def check_files(self) -> None:
+        """Checks that the weights to begin with are there, before any work.
+
+        Raises:
+            FileNotFoundError: They are not.
+        """
+        for field, file in (
+            ('initial_checkpoint', self.initial_checkpoint),
+            ('teacher', self.teacher.partition(':')[2]),
+        ):
+            if file and not Path(file).is_file():
+                raise FileNotFoundError(
+                    f'{field}: no weights at {file}. Make them first (the head of the recipe says how).'
+                )
 
     @classmethod
     def read(cls, path: Path) -> 'Recipe':
@@ -505,6 +522,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     torch.set_float32_matmul_precision('high')  # as in train.py
     torch.backends.cudnn.benchmark = True
     recipe, device = Recipe.read(args.config), torch.device(args.device)
+    recipe.check_files()
     train, held = load_images(args.data / 'train', args.hold_out)
     Trainer(recipe, args.output, train, held, device, not args.no_graph).run()
 

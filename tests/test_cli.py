@@ -13,14 +13,16 @@ import timm
 import torch
 from datasets import speech_members, write_mnist, write_speech, write_tar, write_trajectories
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import timm_smpconv
+from timm_smpconv._files import save_tensors
 from timm_smpconv.catalog import model_names
 from timm_smpconv.classes import CIFAR10
 from timm_smpconv.cli import main
 from timm_smpconv.predict import class_names, load_image, load_model, predict_files
 from timm_smpconv.recipe import read_recipe
+from timm_smpconv.tasks import TASKS, network_input, stepwise
 from timm_smpconv.validate import validate
 from timm_smpconv.weights import WEIGHTS, bundled_path, wilson
 
@@ -412,6 +414,44 @@ def test_validate(capsys, tmp_path, data, name):
     assert status == 0 and f'{entry["hits"]} of 20 test samples' in out
     with Image.open(picture) as image:
         assert image.format == 'PNG' and min(image.size) > 500 and len(image.convert('L').getcolors()) > 3
+
+
+@pytest.mark.parametrize('name', ['smpconv_seq_speech', 'smpconv_seq_speech_raw', 'smpconv_seq_chartraj'])
+def test_step_statistics(tmp_path, data, name):
+    """Inputs are normalised as by the authors' normalise_data, step by step; validate gives them to the network."""
+    task = TASKS[name]
+    train, test = (task.load(data, part) for part in (True, False))
+    raw_features, features = (task.features(task.signal(part.inputs, None, None), None, None) for part in (train, test))
+    steps = zip(features.unbind(-1), raw_features.unbind(-1))
+    expected = torch.stack([(x - known.mean()) / (known.std() + 1e-5) for x, known in steps], -1)
+    cfg = dict(timm.get_pretrained_cfg(name).to_dict(), mean=(0.0,), std=(1.0,))
+    ours = network_input(stepwise(task, train, 7), test.inputs, cfg)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+    if name == 'smpconv_seq_speech_raw':  # slow, and the same from here on
+        return
+    weights = _save(name, tmp_path / 'weights.safetensors')
+    with torch.inference_mode():
+        logits = load_model(name, weights, as_given=True)(expected)
+    best = logits.topk(2)
+    clear = best.values[:, 0] - best.values[:, 1] > 1e-2 * logits.abs().max()
+    result = validate(name, data, weights, progress=False, step_statistics=True)
+    assert clear.sum() > 10 and torch.equal(result.predictions[clear], best.indices[clear, 0])
+    assert not torch.equal(result.predictions, validate(name, data, weights, progress=False).predictions)
+
+
+def test_weights_that_do_not_say_their_normalisation(capsys, caplog, tmp_path, data):
+    weights = _save('smpconv_seq_chartraj', tmp_path / 'weights.safetensors')
+    arguments = ['validate', '--model', 'smpconv_seq_chartraj', '--data', data, '--checkpoint-path', weights]
+    assert run(capsys, *arguments)[0] == 0 and 'The authors normalise each time step' in caplog.text
+    caplog.clear()
+    assert run(capsys, *arguments, '--step-statistics')[0] == 0
+    save_tensors(weights, load_file(weights), dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0]))
+    assert run(capsys, *arguments)[0] == 0
+    load_model('smpconv_seq_speech')
+    load_model('smpconv_seq_speech', bundled_path('smpconv_seq_speech.sc'))
+    assert not caplog.text
+    status, _, err = run(capsys, 'validate', '--data', data, '--step-statistics')
+    assert status == 2 and 'not for smpconv_seq_mnist' in err
 
 
 def test_validate_counts(tmp_path, data):

@@ -113,7 +113,9 @@ def test_teacher_phases_and_resume(script, data, tmp_path, monkeypatch):
 
 def test_asked_once(script, data, tmp_path):
     """Of images that are not changed, a teacher that is asked once says what one says that is asked in each step."""
-    recipe = script['Recipe']('smpconv_seq_cifar', [], teacher='smpconv_cifar', kd_temperature=2.0)
+    recipe = script['Recipe'](
+        'smpconv_seq_cifar', [script['Phase'](1, 1e-3)], teacher='smpconv_cifar', kd_temperature=2.0
+    )
     train, held = script['load_images'](data / 'train', 1)
     assert len(train[1]) == 50 and held[1].tolist() == list(range(10))
     losses = []
@@ -161,9 +163,14 @@ def test_recipes_that_cannot_work(script):
     with pytest.raises(ValueError, match='resnet18:FILE'):
         script['create_teacher']('resnet18')
     with pytest.raises(ValueError, match=r'task_loss_weight must lie in \[0, 1\), got 1'):
-        script['Recipe']('smpconv_seq_cifar', [], teacher='smpconv_cifar', task_loss_weight=1)
+        script['Recipe']('smpconv_seq_cifar', [phase(1, 1e-3)], teacher='smpconv_cifar', task_loss_weight=1)
     with pytest.raises(ValueError, match='give one of them'):
-        script['Recipe']('smpconv_seq_cifar', [], pretrained=True, initial_checkpoint='x.safetensors')
+        script['Recipe']('smpconv_seq_cifar', [phase(1, 1e-3)], pretrained=True, initial_checkpoint='x.safetensors')
+    with pytest.raises(ValueError, match='phases is empty'):
+        script['Recipe']('smpconv_seq_cifar', [])
+    for wrong in (dict(initial_checkpoint='none.safetensors'), dict(teacher='resnet18:none.safetensors')):
+        with pytest.raises(FileNotFoundError, match='no weights at none.safetensors'):
+            script['Recipe']('smpconv_seq_cifar', [phase(1, 1e-3)], **wrong).check_files()
 
 
 def test_reading_a_recipe(script, tmp_path):

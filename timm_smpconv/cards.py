@@ -71,6 +71,10 @@ _NOT_FOR = {
 }
 
 
+# the authors' networks want other inputs there
+_STEPWISE = ('sc', 'sc_raw', 'ct')
+
+
 def model_table() -> str:
     """All models and weights as a Markdown table."""
     lines = [
@@ -262,7 +266,7 @@ def model_card(
     elif weights is not None and weights.authors_file:
         lines += [
             f'Trained on {weights.trained_on} and published by the authors of the paper at {weights.authors_url}; to '
-            f'be converted with `timm-smpconv convert FILE --model {architecture} --out DIR`.'
+            f'be converted with `timm-smpconv convert FILE --model {architecture} --license mit --out DIR`.'
         ]
     lines += [
         '',
@@ -270,6 +274,14 @@ def model_card(
         '',
         f'Not for {_NOT_FOR.get(tag, "use without a test on data of your own")}.',
         'There is no class for "none of these", and the probabilities are not calibrated.',
+    ]
+    if tag in _STEPWISE and not (weights is not None and weights.bundled and known):
+        lines += [
+            "The authors' own networks for these data want inputs that are normalised in each time step, with "
+            'statistics of the training data that their files lack; `timm-smpconv validate --step-statistics` measures '
+            'them.'
+        ]
+    lines += [
         '',
         '## Licence and citation',
         '',

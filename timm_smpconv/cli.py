@@ -60,7 +60,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         argv: Arguments; None for those of the process.
 
     Returns:
-        Exit status: 0 done, 1 some files could not be read, 2 nothing could be done, 130 interrupted.
+        Exit status: 0 done, 1 files could not be read or checks failed, 2 the work could not begin or be finished,
+        130 interrupted.
     """
     try:
         args = _parser().parse_args(argv)
@@ -90,7 +91,9 @@ def _complain(message: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=_PROG, description='SMPConv: large continuous convolution kernels for timm.')
+    parser = argparse.ArgumentParser(
+        prog=_PROG, description='SMPConv and PeLK: continuous and very large convolution kernels for timm.'
+    )
     parser.add_argument('--version', action='version', version=f'{_PROG} {__version__}')
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
 
@@ -133,6 +136,11 @@ def _add_validate(commands: Any) -> None:
     command.set_defaults(run=_validate)
     _add_model(command)
     _add_data_dir(command, "what 'timm-smpconv data' made, or a folder of class folders (ImageNet, CIFAR-10)")
+    command.add_argument(
+        '--step-statistics',
+        action='store_true',
+        help="for the authors' weights of speech and trajectories: normalise each time step as the training data",
+    )
     command.add_argument('--confusion', metavar='FILE.png', help='draw which classes are taken for which')
     command.add_argument('--json', action='store_true', help='print a JSON object')
 
@@ -307,7 +315,8 @@ def _list(args: argparse.Namespace) -> int:
         print('  '.join(cells).rstrip())
     print()
     print(
-        'GMACs: multiply-adds of the convolutions for one input, both branches and padding included, before deployment.'
+        'GMACs: multiply-adds of convolutions and linear layers but the classifier, for one input, both branches and '
+        'padding included, before deployment.'
     )
     print('measured, paper: top-1 accuracy in percent, of the bundled weights here and of the authors in their paper.')
     print('Links to the files that the authors published: timm-smpconv list --json. Load one with --checkpoint-path.')
@@ -335,7 +344,9 @@ def _validate(args: argparse.Namespace) -> int:
         if args.confusion and classes > MAX_CLASSES:
             raise ValueError(f'--confusion draws at most {MAX_CLASSES} classes, {args.model} has {classes}.')
         try:
-            result = validate(args.model, args.data_dir, args.checkpoint_path, sys.stderr.isatty())
+            result = validate(
+                args.model, args.data_dir, args.checkpoint_path, sys.stderr.isatty(), args.step_statistics
+            )
         except WeightsError as e:
             raise _CommandError(_one_line(f'{e} On this command line: --checkpoint-path PATH.')) from e
         hits, total = result.hits, result.total

@@ -1,6 +1,7 @@
 """Classification of image files, and for the speech networks of sound files, of any kind."""
 
 import dataclasses
+import logging
 import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
@@ -12,6 +13,7 @@ from PIL import Image, ImageCms, ImageOps
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import nn
 
+from . import store
 from .audio import load_second
 from .catalog import model_names
 from .checkpoint import carried_settings, read_checkpoint
@@ -29,6 +31,8 @@ __all__ = [
     'load_model',
     'predict_files',
 ]
+
+_logger = logging.getLogger(__name__)
 
 # beyond this ratio of the sides only the middle of an image is resized: the centre crop that follows drops the rest
 _MAX_ASPECT = 16
@@ -108,12 +112,15 @@ def _input_size(name: str) -> Tuple[int, ...]:
     return timm.get_pretrained_cfg(name).input_size
 
 
-def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None) -> nn.Module:
+def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None, as_given: bool = False) -> nn.Module:
     """Builds a model with its weights, in deployed form and eval mode.
+
+    Weights of speech and trajectories that do not say how their inputs were normalised are reported in the log.
 
     Args:
         name: `name` or `name.tag` of a model of this package.
         checkpoint_path: Weights to use in place of the model's own: of this package, deployed or not, or the authors'.
+        as_given: Inputs will be normalised already, so that the model's configuration gets the mean 0 and std 1.
 
     Raises:
         ValueError: The model is unknown, or the checkpoint cannot be loaded.
@@ -121,7 +128,10 @@ def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None) ->
     """
     check_known(name)
     if checkpoint_path is None:
-        return timm.create_model(name, pretrained=True, inference_mode=True).eval()
+        model = timm.create_model(name, pretrained=True, inference_mode=True).eval()
+        key = f'{name.partition(".")[0]}.{model.pretrained_cfg["tag"]}'
+        stored = store.find(key, by_hand=bool(WEIGHTS[key].bundled))
+        return _normalised(model, name, stored is None or bool(carried_settings(stored)), as_given)
     path = Path(checkpoint_path)
     if not path.is_file():
         raise ValueError(f'No checkpoint at {path}: expected a file of weights (.safetensors, .pth, .pt ...).')
@@ -138,9 +148,24 @@ def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None) ->
         overlay = dict(state_dict=checkpoint, **carried)
         model = timm.create_model(name, pretrained=True, inference_mode=True, pretrained_cfg_overlay=overlay).eval()
         model.pretrained_cfg.pop('state_dict', None)  # the configuration would keep a second copy
-        return model
     except Exception as e:  # unpickling and conversion of a file of unknown contents fail in any way
         raise ValueError(f'Cannot load {path} into {name}: {_one_line(e)} Expected a checkpoint of this model.') from e
+    key = f'{name.partition(".")[0]}.{model.pretrained_cfg["tag"]}'
+    return _normalised(model, name, 'mean' in carried or store.file_sha256(path) == WEIGHTS[key].sha256, as_given)
+
+
+def _normalised(model: nn.Module, name: str, said: bool, as_given: bool) -> nn.Module:
+    """The model, with what is known of the normalisation of its inputs."""
+    task = TASKS.get(name.partition('.')[0])
+    if as_given:
+        model.pretrained_cfg.update(mean=(0.0,), std=(1.0,))
+    elif task and task.stepwise and not said:
+        _logger.warning(
+            'These weights of %s do not say how their inputs were normalised: as for those of this package is assumed. '
+            'The authors normalise each time step; timm-smpconv validate --step-statistics measures their weights so.',
+            name,
+        )
+    return model
 
 
 def class_names(model: nn.Module) -> List[str]:

@@ -24,6 +24,7 @@ __all__ = [
     'normalize',
     'signal_input',
     'split',
+    'stepwise',
 ]
 
 Step = Callable[[torch.Tensor, Optional[Recipe], Optional[torch.Generator]], torch.Tensor]
@@ -41,6 +42,7 @@ class Task:
         sound: Samples are recordings of one second at 16 kHz, as 16-bit numbers.
         resampled: Inputs of any number of steps make sense: they are brought to that of the network.
         measured: Inputs are normalised with the statistics of the training data, not with fixed numbers.
+        stepwise: The authors' networks want inputs that are normalised in each time step; see `stepwise`.
         options: Fields of a recipe that say how this task augments and splits.
     """
 
@@ -51,6 +53,7 @@ class Task:
     options: FrozenSet[str]
     sound: bool = False
     resampled: bool = False
+    stepwise: bool = False
 
 
 def augment_digits(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -188,10 +191,12 @@ _MNIST = Task(load_mnist, _digits, _as_they_are, False, frozenset({'augment', 'v
 TASKS: Dict[str, Task] = {
     'smpconv_seq_mnist': _MNIST,
     'smpconv_seq_pmnist': _MNIST,
-    'smpconv_seq_speech': Task(load_speech, _waves, _cepstra, True, _MFCC_OPTIONS, sound=True),
-    'smpconv_seq_speech_raw': Task(load_speech, _waves, _one_channel, False, _RAW_OPTIONS, sound=True, resampled=True),
+    'smpconv_seq_speech': Task(load_speech, _waves, _cepstra, True, _MFCC_OPTIONS, sound=True, stepwise=True),
+    'smpconv_seq_speech_raw': Task(
+        load_speech, _waves, _one_channel, False, _RAW_OPTIONS, sound=True, resampled=True, stepwise=True
+    ),
     'smpconv_seq_chartraj': Task(
-        load_character_trajectories, _trajectories, _as_they_are, True, frozenset({'val_percent'})
+        load_character_trajectories, _trajectories, _as_they_are, True, frozenset({'val_percent'}), stepwise=True
     ),
 }
 
@@ -236,6 +241,35 @@ def channel_statistics(samples: Samples, task: Task, batch_size: int = 256) -> T
     std = (squares / count - mean.square()).clamp(min=0.0).sqrt().clamp(min=1e-6)
     # few digits, so that a file of text carries exactly what the network was trained with
     return [float(f'{value:.6g}') for value in mean.tolist()], [float(f'{value:.6g}') for value in std.tolist()]
+
+
+def stepwise(task: Task, samples: Samples, batch_size: int = 256) -> Task:
+    """A task whose features are normalised in each time step, as the authors' speech and trajectory networks want them.
+
+    Mean and standard deviation of a step are over all samples and channels (`normalise_data` of the authors' code).
+    Their files do not hold them, so they are measured here.
+
+    Args:
+        task: Of a network whose inputs are series, (B, channels, steps).
+        samples: Training data.
+        batch_size: Samples at once.
+
+    Returns:
+        The task with such features, which need no further normalisation.
+    """
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for raw in samples.inputs.split(batch_size):
+        x = task.features(task.signal(raw, None, None), None, None).double()
+        count += x.shape[0] * x.shape[1]
+        total, squares = total + x.sum((0, 1)), squares + x.square().sum((0, 1))
+    mean = total / count
+    std = ((squares - count * mean.square()) / (count - 1)).clamp(min=0.0).sqrt()
+
+    def features(signal: torch.Tensor, recipe: Optional[Recipe], generator: Optional[torch.Generator]) -> torch.Tensor:
+        x = task.features(signal, recipe, generator)
+        return (x - mean.to(x.dtype)) / (std.to(x.dtype) + 1e-5)
+
+    return dataclasses.replace(task, features=features)
 
 
 def network_input(task: Task, raw: torch.Tensor, cfg: Mapping[str, Any]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from . import store
 from .classes import CLASS_NAMES
 from .data import Samples, speaker_number
 from .predict import check_known, class_names, load_model
-from .tasks import TASKS
+from .tasks import TASKS, stepwise
 from .train import evaluate
 from .weights import training_speakers
 
@@ -63,6 +63,7 @@ def validate(
     data_dir: Union[str, Path],
     checkpoint_path: Optional[Union[str, Path]] = None,
     progress: bool = True,
+    step_statistics: bool = False,
 ) -> Measurement:
     """Runs a model over its test data.
 
@@ -75,20 +76,28 @@ def validate(
             it as test, val, validation or cifar10/test.
         checkpoint_path: Weights to use in place of the model's own.
         progress: Show a progress bar.
+        step_statistics: Normalise the inputs in each time step, with statistics of the training data in `data_dir`, as
+            the authors' speech and trajectory networks want it.
 
     Raises:
-        ValueError: The model is unknown, weights or data do not fit, or an image cannot be read.
+        ValueError: The model is unknown, weights or data do not fit, or an image cannot be read; or step_statistics for
+            a model whose inputs the authors normalise as this package does.
         FileNotFoundError: The data are not there.
         RuntimeError: The model has no weights.
     """
     check_known(name)
     task = TASKS.get(name.partition('.')[0])
+    if step_statistics and not (task and task.stepwise):
+        fitting = ', '.join(known for known, task in TASKS.items() if task.stepwise)
+        raise ValueError(f'Statistics of each time step are for {fitting}, not for {name}.')
     if task:
         found = task.load(data_dir, False)
         samples = found if checkpoint_path else _unheard(name, found)
         if not len(samples):
             raise ValueError(f'{data_dir} has no test data for {name}.')
-        model = load_model(name, checkpoint_path)
+        model = load_model(name, checkpoint_path, as_given=step_statistics)
+        if step_statistics:
+            task = stepwise(task, task.load(data_dir, True))
         predictions = evaluate(model, samples, task, progress=progress)
         return Measurement(name, predictions, samples.labels, class_names(model), len(found) - len(samples))
     dataset = _image_folder(name, Path(data_dir))

@@ -5,7 +5,7 @@ that the rates of the runs after it would have changed them three times less. Be
 smpconv_cifar.c10:
 
     python recipes/shipped/rescale.py smpconv_cifar output/muon/model.safetensors \\
-        output/smpconv_cifar.c10/model.safetensors output/rescaled.safetensors
+        output/smpconv_cifar.c10.six/model.safetensors output/rescaled.safetensors
 """
 
 import argparse
