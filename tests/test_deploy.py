@@ -11,7 +11,7 @@ from synth import randomize_norms, relative_error
 from timm.utils import freeze, reparameterize_model, unfreeze
 from torch import nn
 
-from timm_smpconv.layers import PeripheralKernel, RepSMPConv1d, RepSMPConv2d, SMPConv2d, SMPKernel
+from timm_smpconv.layers import ConvNorm, PeripheralKernel, RepSMPConv1d, RepSMPConv2d, SMPConv2d, SMPKernel
 
 PLAIN = (
     nn.Conv1d,
@@ -298,6 +298,7 @@ class Adapter(nn.Sequential):
         ('smpconv_tiny', 'stem.0.conv', 'ConvNorm'),
         ('smpconv_seq_mnist', 'stages.1.conv2.small', 'RepSMPConv1d'),
         ('pelk_tiny', 'stages.0.blocks.0.mlp.fc2', 'PeLKBlock'),
+        ('pelk_tiny', 'stages.0.blocks.0.conv', 'PeLKBlock'),
     ],
 )
 def test_adapters_are_not_lost(name, part, where):
@@ -307,6 +308,20 @@ def test_adapters_are_not_lost(name, part, where):
     setattr(model.get_submodule(parent), last, Adapter(model.get_submodule(part)).eval())
     with pytest.raises(RuntimeError, match=f'{where} cannot be reparameterized: .* got Adapter. Merge it'):
         model.reparameterize()
+
+
+def test_convolutions_with_norm():
+    """All arguments of the convolution are kept, and one that does more than convolve is refused."""
+    x = torch.randn(2, 4, 11, 11)
+    for kwargs in (dict(dilation=2), dict(kernel_size=3, stride=2, groups=2), dict(kernel_size=1), dict(bias=True)):
+        module = randomize_norms(ConvNorm(4, 4, **{'kernel_size': 3, **kwargs})).eval()
+        with torch.no_grad():
+            wanted = module(x)
+            module.reparameterize()
+            assert relative_error(module(x), wanted) <= 1e-5
+            assert not any(isinstance(m, nn.BatchNorm2d) for m in module.modules())
+    with pytest.raises(RuntimeError, match='its convolution is a Conv2dSame'):
+        ConvNorm(4, 4, 3, stride=2, padding='same').eval().reparameterize()
 
 
 def test_stages_of_pelk_deploy_their_blocks():

@@ -51,7 +51,6 @@ def test_batches_do_not_matter():
     x = torch.randn(4, 1600, generator=torch.Generator().manual_seed(0))
     mfcc = MFCC()
     torch.testing.assert_close(mfcc(x), torch.cat([mfcc(part) for part in x.split(1)]), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(mfcc.cepstrum(mfcc.log_mel(x)), mfcc(x))
     assert not mfcc.state_dict()
 
 

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+import torch.utils._pytree
 from conftest import build, make_input
 from synth import relative_error
 from test_ops import BACKENDS, OPS, make_case, torch_result
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vmap
 
 from timm_smpconv import ops
@@ -77,6 +79,48 @@ def test_ensemble(name, gradients):
     with torch.set_grad_enabled(gradients):
         got = vmap(lambda p, b: functional_call(base, (p, b), (x,)))(params, buffers)
         assert relative_error(got, torch.stack([model(x) for model in models])) <= 1e-4
+
+
+@pytest.mark.parametrize('which', ['x', 'weight', 'both'])
+@pytest.mark.parametrize('op', sorted(OPS))
+@pytest.mark.parametrize('backend', [*BACKENDS, None])
+def test_forward_mode(backend, op, which):
+    """torch.autograd.forward_ad: the tangents of torch's own convolution, whatever else has gradients."""
+    args = make_case(op, 2, 3, 3, (20, 18), (9, 7), dtype=torch.float32, bias=False)[:2]
+    tangents = [torch.randn_like(a) if which in (name, 'both') else None for name, a in zip(('x', 'weight'), args)]
+    for requires_grad in (False, True):
+        results = []
+        for function in (OPS[op], lambda x, weight: torch_result(op, x, weight, None)):
+            with forward_ad.dual_level(), ops.use_backend(backend):
+                duals = [a.clone().requires_grad_(requires_grad) for a in args]
+                duals = [a if t is None else forward_ad.make_dual(a, t) for a, t in zip(duals, tangents)]
+                results.append(forward_ad.unpack_dual(function(*duals)).tangent)
+        assert relative_error(*results) <= 1e-5
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+@torch.no_grad()
+def test_forward_mode_of_networks(name):
+    """Without gradients of the usual kind, where results are kept from one call to the next."""
+    model, x = build(name).eval(), make_input(name)
+    model(x)
+    params, buffers = parts(model)
+    for of_input in (True, False):
+        primal = (x,) if of_input else ({'head.fc.weight': params['head.fc.weight']} | _kernels(params),)
+
+        def run(primal, of_input=of_input):
+            given = (params, primal) if of_input else ({**params, **primal}, x)
+            return functional_call(model, (given[0], buffers), (given[1],))
+
+        direction = torch.utils._pytree.tree_map(torch.randn_like, primal)
+        _, wanted = jvp(run, primal, direction)
+        with forward_ad.dual_level():
+            duals = torch.utils._pytree.tree_map(forward_ad.make_dual, primal, direction)
+            assert relative_error(forward_ad.unpack_dual(run(*duals)).tangent, wanted) <= 1e-4
+
+
+def _kernels(params):
+    return {key: value for key, value in params.items() if key.endswith(('kernel.weights', 'kernel.coords'))}
 
 
 @pytest.mark.parametrize('name', FAMILIES)

@@ -232,6 +232,30 @@ def test_frozen_coordinates_and_radii(learn_coords, learn_radius):
     assert set(kernel.state_dict()) == set(before)
 
 
+def test_unfrozen_radii_stay_in_range():
+    kernel = make_kernel(2, 3, 5, 2, learn_radius=False)
+    kernel.requires_grad_(True)
+    with torch.no_grad():
+        kernel.radius_offset.fill_(1e6)
+    kernel()
+    kernel.state_dict()
+    assert (kernel.base_radius + kernel.radius_offset * kernel.radius_lr_scale <= kernel.max_radius + 1e-6).all()
+
+
+@pytest.mark.parametrize('size', [(9,), (3000,)])
+def test_another_default_dtype(size):
+    """Of a long kernel, only the taps near its points are looked at."""
+    kernel = SMPKernel(2, 3, size, ndim=1, num_points=4, normalize=True, causal=True, radius=0.02).train()
+    wanted = kernel(), kernel.for_convolution()
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = kernel(), kernel.for_convolution()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(got, wanted):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
 def test_initial_values_imagenet():
     """Depthwise: N = floor(k^2 / 4) shared points, std 0.2, radius 4 / k in [1e-3, 1]."""
     conv = SMPConv2d(64, 64, 31, groups=64)

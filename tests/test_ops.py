@@ -299,6 +299,32 @@ def test_autocast(backend, op, dtype):
     assert relative_error(y, wanted) < 4 * FORWARD[dtype]
 
 
+@pytest.mark.parametrize('op', sorted(OPS))
+def test_autocast_leaves_float64_alone(op):
+    """As it does with torch's own convolutions."""
+    case = make_case(op, 2, 3, 3, (12, 9), (5, 4), torch.float64)
+    wanted = torch_result(op, *case)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert torch_autocast_dtype(op, case, torch.bfloat16) == torch.float64
+        assert relative_error(OPS[op](*case), wanted) < 1e-12
+        with pytest.raises(TypeError, match='same dtype'):
+            OPS[op](case[0], case[1].float())
+
+
+def test_backward_pass_within_autocast():
+    """Gradients are computed in float32, as those of a backward pass outside."""
+    x, weight, _ = make_case('depthwise', 2, 6, 6, (12, 9), (5, 4), torch.float32)
+    results = []
+    for inside in (False, True):
+        args = [a.clone().requires_grad_() for a in (x, weight)]
+        y = ops.depthwise_conv2d(*args).square().sum()
+        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=inside):
+            y.backward()
+        results.append([a.grad for a in args])
+    for outside, inside in zip(*results):
+        assert relative_error(inside, outside) < 1e-6
+
+
 def torch_autocast_dtype(op, case, dtype):
     with torch.autocast('cpu', dtype=dtype):
         return torch_result(op, *case).dtype
@@ -541,6 +567,9 @@ def test_count_of_taps_on_the_map(n, k, data):
         ('causal', (1, 3, 8, 8), (5, 3, 4), None, ('3D', '(1, 3, 8, 8)')),
         ('causal', (1, 3, 8), (5, 2, 4), None, ('2', '(1, 3, 8)')),
         ('causal', (1, 3, 8), (5, 3, 4), (1,), ('bias', '(5,)', '(1,)')),
+        ('causal', (1, 3, 0), (5, 3, 4), None, ('one step', '(1, 3, 0)')),
+        ('dense', (1, 3, 0, 8), (5, 3, 3, 3), None, ('one step or pixel', '(1, 3, 0, 8)')),
+        ('depthwise', (1, 3, 8, 0), (3, 1, 3, 3), None, ('one step or pixel', '(1, 3, 8, 0)')),
     ],
 )
 def test_shapes_that_do_not_fit(op, x, weight, bias, words):

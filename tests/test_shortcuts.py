@@ -98,6 +98,50 @@ class Adapter(nn.Module):
         return self.base(x) + 1.0
 
 
+def test_patched_forwards_are_called():
+    """Tools put a forward of their own on a module: in the block, and in the kernel."""
+    module, x = block()
+    small, kernel = module.small.forward, module.large.kernel.forward
+    with torch.no_grad():
+        before = module(x)
+        module.small.forward = lambda x: small(x) + 1.0
+        torch.testing.assert_close(module(x), without_shortcuts(module, x), **CLOSE)
+        assert (module(x) - before).abs().max() > 0.5
+        del module.small.forward
+        torch.testing.assert_close(module(x), before, **CLOSE)
+        module.large.kernel.forward = lambda *args: 0.0 * kernel(*args)
+        nothing = module(x)
+    torch.testing.assert_close(nothing, without_shortcuts(module, x), **CLOSE)
+    assert not torch.allclose(nothing, before, **CLOSE)
+
+
+class DoubledKernel(SMPKernel):
+    """A kernel of somebody else's."""
+
+    def forward(self, size=None):
+        return 2.0 * super().forward(size)
+
+
+@pytest.mark.parametrize('train', [False, True])
+def test_kernels_with_a_forward_of_their_own(train):
+    kernel = DoubledKernel(6, 6, 300, ndim=1, num_points=4, radius=0.01, normalize=True, causal=True).train(train)
+    with torch.set_grad_enabled(train):
+        taps = kernel.for_convolution()
+        assert torch.equal(taps, kernel()[..., -taps.shape[-1] :]) and taps.abs().max() > 0
+
+
+def test_hooks_of_all_modules_see_all_parts():
+    module, x = block()
+    called = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, i, o: called.append(m))
+    try:
+        with torch.no_grad():
+            module(x)
+    finally:
+        handle.remove()
+    assert module.small in called and module.large.kernel in called
+
+
 @pytest.mark.parametrize('ndim', [1, 2])
 def test_replaced_branches_are_called(ndim):
     module, x = block(ndim)

@@ -169,7 +169,7 @@ class SMPKernel(DropsCaches):
         Does nothing to offsets that are spread over processes (DTensor) or of another special kind: their radii stay
         within the range all the same, which `radius` sees to.
         """
-        if not self.learn_radius:
+        if not (self.learn_radius or self.radius_offset.requires_grad):  # frozen, and not unfrozen since
             return
         if not torch.jit.is_scripting():
             if type(self.radius_offset.detach()) is not torch.Tensor:
@@ -222,7 +222,7 @@ class SMPKernel(DropsCaches):
     @torch.jit.unused
     def _for_convolution(self) -> torch.Tensor:
         tensors = self.tensors()
-        if not ValueCache.usable(tensors) or has_hooks(self):
+        if not ValueCache.usable(tensors) or has_hooks(self) or type(self).forward is not SMPKernel.forward:
             return self()
         if self.training or torch.is_grad_enabled():
             return self.render_reached()
@@ -292,7 +292,8 @@ class SMPKernel(DropsCaches):
                 distance = distance.unsqueeze(2) + (coords[:, :, 1:2] - axes[0]).abs().unsqueeze(3)  # G, N, kh, kw
             reach = torch.relu(1.0 - distance.flatten(2) / radius)  # g(x, p_i, r_i): G, N, K
             if self.normalize:
-                reach = reach / ((reach != 0).sum(1, keepdim=True) + 1e-6)
+                # in float32, as the reference adds a number to whole ones, in a float64 network too
+                reach = reach / ((reach != 0).sum(1, keepdim=True).to(torch.float32) + 1e-6)
         if self.shared_points:
             kernel = weights.flatten(0, 1) @ reach[0]
         else:
@@ -325,10 +326,9 @@ class SMPKernel(DropsCaches):
         reach = torch.relu(1.0 - distance / radius) * inside  # G, N, taps of the window
         if self.normalize:
             flat = index.flatten(1)
-            # whole numbers, to which 1e-6 is added in the default dtype: so does the reference, in float64 too
             count = torch.zeros(groups, taps, dtype=torch.int64, device=index.device)
             count.scatter_add_(1, flat, (reach != 0).long().flatten(1))
-            reach = reach / (count.gather(1, flat).reshape(index.shape) + 1e-6)
+            reach = reach / (count.gather(1, flat).reshape(index.shape).to(torch.float32) + 1e-6)
         return torch.zeros(groups, points, taps, dtype=reach.dtype, device=index.device).scatter_add_(2, index, reach)
 
     @torch.jit.unused

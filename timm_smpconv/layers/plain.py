@@ -1,13 +1,18 @@
 """Whether a module may compute its result without calling its parts one by one."""
 
 from torch import nn
+from torch.nn.modules import module as _module
 
 __all__ = ['has_hooks', 'is_plain']
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something waits for the module to be called: a profiler, a counter, pruning that computes its weights."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether something waits for the module to be called: a profiler, a counter, pruning that computes its weights.
+
+    Hooks, of the module or of all modules, or another `forward` in place of that of its class.
+    """
+    own = module._forward_hooks or module._forward_pre_hooks or 'forward' in vars(module)
+    return bool(own or _module._global_forward_hooks or _module._global_forward_pre_hooks)
 
 
 def is_plain(module: nn.Module) -> bool:

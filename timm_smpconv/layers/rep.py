@@ -121,11 +121,13 @@ class ConvNorm(ConvNormAct):
             return
         _check_eval(self)
         check_part(self, self.conv, nn.Conv2d)
+        if type(self.conv) not in (nn.Conv2d, PointwiseConv2d):  # it pads or quantises by itself
+            raise RuntimeError(f'ConvNorm cannot be reparameterized: its convolution is a {type(self.conv).__name__}.')
         old, norm = self.conv, self.bn
         weight, bias = fold_norm_into_previous(old.weight.data, None if old.bias is None else old.bias.data, norm)
         dd = dict(device=old.weight.device, dtype=old.weight.dtype)
-        settings = dict(stride=old.stride, padding=old.padding, groups=old.groups)
-        if old.kernel_size == (1, 1) and settings == dict(stride=(1, 1), padding=(0, 0), groups=1):
+        settings = dict(stride=old.stride, padding=old.padding, dilation=old.dilation, groups=old.groups)
+        if old.kernel_size == (1, 1) and settings == dict(stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
             self.conv = skip_init(PointwiseConv2d, old.in_channels, old.out_channels, **dd)
         else:
             self.conv = skip_init(nn.Conv2d, old.in_channels, old.out_channels, old.kernel_size, **settings, **dd)

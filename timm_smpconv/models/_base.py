@@ -152,6 +152,13 @@ class LargeKernelNet(nn.Module):
         self.head.reset(num_classes, global_pool)
         parameter = next(self.parameters())
         self.head.to(device=parameter.device, dtype=parameter.dtype).train(self.training)
+        self.note_head()
+
+    @torch.jit.ignore
+    def note_head(self) -> None:
+        """Brings `head_hidden_size` up to date: some poolings make more channels of them."""
+        pool = getattr(self.head, 'global_pool', None)
+        self.head_hidden_size = self.num_features * (pool.feat_mult() if pool is not None else 1)
 
     @torch.jit.ignore
     def forward_intermediates(
@@ -218,7 +225,7 @@ class LargeKernelNet(nn.Module):
         if prune_norm or ends_early:  # the norm is that of the last stage
             self.norm = nn.Identity().train(self.training)
         if ends_early:
-            self.num_features = self.head_hidden_size = self.head.in_features = self.feature_info[max_index]['num_chs']
+            self.num_features = self.head.in_features = self.feature_info[max_index]['num_chs']
         if prune_head or ends_early:
             self.reset_classifier(0, '')
         return take_indices

@@ -22,7 +22,7 @@ from timm.layers import (
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import nn
 
-from ..layers import PeripheralConv2d, by_parts, check_part
+from ..layers import LargeConv2d, PeripheralConv2d, by_parts, check_part
 from ..ops import to_fast_format
 from ..ops.context import to_float64
 from ._base import LargeKernelNet, check_stages, init_weights
@@ -91,6 +91,7 @@ class PeLKBlock(nn.Module):
     @torch.jit.ignore
     def deploy(self, pos_embed: Optional[torch.Tensor]) -> None:
         """Renders the kernel with the embedding and folds gamma into the last layer, in place."""
+        check_part(self, self.conv, PeripheralConv2d, LargeConv2d)
         if self.gamma is not None:
             check_part(self, self.mlp.fc2, nn.Linear)
             last, gamma = self.mlp.fc2, to_float64(self.gamma.data)
@@ -270,10 +271,11 @@ class PeLK(LargeKernelNet):
             )
             self.feature_info += [dict(num_chs=dims[i], reduction=4 * 2**i, module=f'stages.{i}')]
         self.stages = nn.Sequential(*stages)
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
         self.head = NormMlpClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=LayerNorm2d, **dd
         )
+        self.note_head()
         self.apply(init_weights)
         if inference_mode:
             self.eval().reparameterize().train()

@@ -256,9 +256,10 @@ class SMPConv(LargeKernelNet):
             )
             self.feature_info += [dict(num_chs=dims[i], reduction=4 * 2**i, module=f'stages.{i}')]
         self.stages = nn.Sequential(*stages)
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
         self.norm = AffineNorm(self.num_features, **dd)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.note_head()
         self.apply(init_weights)
         if inference_mode:
             self.eval().reparameterize().train()

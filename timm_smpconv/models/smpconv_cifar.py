@@ -131,8 +131,9 @@ class SMPConvCifar(LargeKernelNet):
             )
             self.feature_info += [dict(num_chs=out_chs, reduction=1, module=f'stages.{i}')]
         self.stages = nn.Sequential(*stages)
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, **dd)
+        self.note_head()
         if num_classes:
             nn.init.kaiming_normal_(self.head.fc.weight)
             nn.init.zeros_(self.head.fc.bias)

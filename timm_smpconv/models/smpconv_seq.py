@@ -5,7 +5,7 @@ from typing import Any, Dict, Optional, Sequence
 
 import numpy as np
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple
 from timm.models import checkpoint, generate_default_cfgs, register_model, register_notrace_function
 from torch import nn
 
@@ -143,12 +143,12 @@ class SequenceHead(nn.Module):
         Raises:
             ValueError: An unknown pooling, or a classifier together with the pooling ''.
         """
-        if pool_type is not None:
-            if pool_type not in ('last', 'avg', ''):
-                raise ValueError(f"global_pool must be 'last', 'avg' or '' (none), got {pool_type!r}.")
-            if num_classes and not pool_type:
-                raise ValueError(f"global_pool='' leaves nothing to classify: use num_classes=0, got {num_classes}.")
-            self.pool_type = pool_type
+        pool_type = self.pool_type if pool_type is None else pool_type
+        if pool_type not in ('last', 'avg', ''):
+            raise ValueError(f"global_pool must be 'last', 'avg' or '' (none), got {pool_type!r}.")
+        if num_classes and not pool_type:
+            raise ValueError(f"global_pool='' leaves nothing to classify: use num_classes=0, got {num_classes}.")
+        self.pool_type = pool_type
         self.fc: nn.Module = nn.Identity()
         if num_classes:
             self.fc = nn.Linear(self.in_features, num_classes)
@@ -244,8 +244,9 @@ class SMPConvSeq(LargeKernelNet):
             )
             self.feature_info += [dict(num_chs=dim, reduction=1, module=f'stages.{i}')]
         self.stages = nn.Sequential(*stages)
-        self.num_features = self.head_hidden_size = dim
+        self.num_features = dim
         self.head = SequenceHead(dim, num_classes, global_pool, **dd)
+        self.note_head()
         if inference_mode:
             self.eval().reparameterize().train()
 
@@ -396,7 +397,7 @@ def smpconv_seq_mnist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @register_model
 def smpconv_seq_pmnist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Sequential MNIST with permuted pixels, 784 steps; the authors drew the permutation with numpy's seed 0."""
-    height, width = kwargs.pop('img_size', None) or (28, 28)
+    height, width = to_2tuple(kwargs.pop('img_size', None) or 28)
     length = height * width
     model_args = dict(kernel_size=length, permutation=np.random.RandomState(0).permutation(length).tolist())
     return _create_smpconv_seq('smpconv_seq_pmnist', pretrained, **dict(model_args, **kwargs))

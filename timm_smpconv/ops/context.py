@@ -4,6 +4,7 @@ import contextlib
 from typing import Any, Callable, ContextManager, Hashable
 
 import torch
+from torch.autograd import forward_ad
 
 __all__ = [
     'Keep',
@@ -44,9 +45,11 @@ def is_exporting() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func (vmap, grad, jvp, ...) is at work: it sees through torch's own operations."""
-    # the question that torch.autograd.Function asks; the compiler has answered it before
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether torch.func (vmap, grad, ...) or forward-mode AD is at work: they see through torch's own operations."""
+    if torch.compiler.is_compiling():  # the compiler has answered it before
+        return False
+    # the question that torch.autograd.Function asks; and whether there is a forward_ad.dual_level()
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_trained(x: torch.Tensor, weight: torch.Tensor) -> bool:

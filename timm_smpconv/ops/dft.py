@@ -103,7 +103,10 @@ def _matrices(make: Callable[..., _Matrices], like: torch.Tensor, *sizes: Sequen
 @functools.lru_cache(maxsize=64)
 def _made_once(make: Callable[..., _Matrices], *arguments: Any) -> _Matrices:
     with torch.inference_mode(False):  # they serve training too
-        return make(*arguments)
+        made = make(*arguments)
+    if made[0].device.type == 'cuda':  # and other streams, which do not wait for this one
+        torch.cuda.current_stream(made[0].device).synchronize()
+    return made
 
 
 def _wave(

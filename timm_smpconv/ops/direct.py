@@ -74,6 +74,11 @@ class _Depthwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
+        with full_precision(grad):  # a backward pass may be called within autocast
+            return _Depthwise._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx, grad: torch.Tensor):
         x, weight = ctx.saved_tensors
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:

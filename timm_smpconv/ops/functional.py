@@ -250,7 +250,7 @@ def depthwise_conv2d(
         Output, (B, C, H, W).
 
     Raises:
-        ValueError: Shapes that do not fit or an even kernel size.
+        ValueError: Shapes that do not fit, an empty map or an even kernel size.
         TypeError: Integers, or two dtypes outside autocast.
     """
     if not torch.jit.is_scripting():
@@ -276,7 +276,7 @@ def conv2d(
         Output, (B, O, H, W).
 
     Raises:
-        ValueError: Shapes that do not fit or an even kernel size.
+        ValueError: Shapes that do not fit, an empty map or an even kernel size.
         TypeError: Integers, or two dtypes outside autocast.
     """
     if not torch.jit.is_scripting():
@@ -302,7 +302,7 @@ def causal_conv1d(
         Output, (B, O, L).
 
     Raises:
-        ValueError: Shapes that do not fit.
+        ValueError: Shapes that do not fit, or an empty sequence.
         TypeError: Integers, or two dtypes outside autocast.
     """
     if not torch.jit.is_scripting():
@@ -348,9 +348,12 @@ def _run(
 ) -> torch.Tensor:
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # there is no autocast on meta
         dtype = torch.get_autocast_dtype(x.device.type)
-        if weight.dtype != dtype:
+        if weight.dtype not in (dtype, torch.float64):  # which autocast leaves alone
             weight, keep = weight.to(dtype), None  # what is kept is that of the kernel before
-        x = x.to(dtype)
+        if x.dtype != torch.float64:
+            x = x.to(dtype)
+    if 0 in x.shape[2:]:
+        raise ValueError(f'Expected an input of one step or pixel at least, got shape {tuple(x.shape)}.')
     if weight.dtype != x.dtype:
         raise TypeError(
             f'Expected an input and a kernel of the same dtype, got {x.dtype} and {weight.dtype}: cast one of them, '
