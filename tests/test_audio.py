@@ -40,14 +40,20 @@ def test_wav_of_all_widths(width, tolerance, channels):
     np.testing.assert_allclose(sound.samples, samples, rtol=0, atol=tolerance)
 
 
-def test_16_bits_are_exact():
-    values = np.array([-32768, -32767, -1, 0, 1, 12345, 32767], '<i2')
-    header = wav(np.zeros(len(values)))[:44]
-    sound = decode_sound(header + values.tobytes(), 'a.wav')
-    assert (sound.samples[:, 0] * 32768).tolist() == values.tolist()
+@pytest.mark.parametrize('width', [2, 3, 4])
+def test_samples_are_exact(width):
+    """Up to the 24 bits of a float32."""
+    largest = 2 ** (8 * width - 1)
+    step = 256 if width == 4 else 1
+    values = np.array([-largest, -largest + step, -step, 0, step, 12345 * step, largest - step])
+    data = np.ascontiguousarray(values.astype('<i4')[:, None].view(np.uint8)[:, :width]).tobytes()
+    header = wav(np.zeros(len(values)), width=width)[:44]
+    sound = decode_sound(header + data, 'a.wav')
+    assert (sound.samples[:, 0].astype(np.float64) * largest).tolist() == values.tolist()
+    assert sound.bits == 8 * width
 
 
-@pytest.mark.parametrize('kind', [('WAV', 'FLOAT'), ('FLAC', 'PCM_24'), ('OGG', 'VORBIS')])
+@pytest.mark.parametrize('kind', [('WAV', 'FLOAT'), ('WAVEX', 'FLOAT'), ('FLAC', 'PCM_24'), ('OGG', 'VORBIS')])
 def test_other_formats(kind):
     soundfile = pytest.importorskip('soundfile')
     samples, buffer = tone(440, 16000), io.BytesIO()

@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +61,25 @@ def run(capsys, *args):
     out, err = capsys.readouterr()
     assert 'Traceback' not in err
     return status, out, err
+
+
+@pytest.mark.parametrize('closed', ['stdout', 'stderr'])
+def test_closed_streams(closed, digit):
+    """As some service managers start programs."""
+    code = f'import sys; sys.{closed} = None; from timm_smpconv.cli import main; raise SystemExit(main(sys.argv[1:]))'
+    done = subprocess.run([sys.executable, '-c', code, 'predict', str(digit)], capture_output=True, text=True)
+    assert done.returncode == 0 and 'Traceback' not in done.stderr
+    assert ('digit.png' in done.stdout) == (closed == 'stderr')
+
+
+def test_reader_that_has_seen_enough(digit):
+    """`timm-smpconv list | head` ends without a traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, '-m', 'timm_smpconv', 'list']
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 1 and not done.stderr
 
 
 def test_version(capsys):

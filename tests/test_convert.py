@@ -1,10 +1,12 @@
 """From checkpoints of any origin to folders for the Hub, and into the local store."""
 
 import argparse
+import os
 import pickle
 import re
 import signal
 import zipfile
+from pathlib import Path
 
 import pytest
 import timm
@@ -251,6 +253,30 @@ def test_only_conversions_are_overwritten(tmp_path, monkeypatch):
     assert convert(run / 'last.safetensors', 'smpconv_seq_mnist', '.', model_kwargs=SMALL, overwrite=True).folder == out
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ['out', 'run']
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize('moment', [1, 2])
+def test_stopped_while_it_overwrites(error, moment, tmp_path, monkeypatch):
+    """There are two renames: whatever comes between leaves the old folder where it was."""
+    save_file(small().state_dict(), tmp_path / 'a.safetensors')
+    arguments = tmp_path / 'a.safetensors', 'smpconv_seq_mnist', tmp_path / 'out'
+    out = convert(*arguments, model_kwargs=SMALL).folder
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    replace, calls = os.replace, []
+
+    def fail(old, new):
+        if out in (Path(old), Path(new)):
+            calls.append(old)
+            if len(calls) == moment:
+                raise error
+        replace(old, new)
+
+    monkeypatch.setattr(os, 'replace', fail)
+    with pytest.raises(error):
+        convert(*arguments, model_kwargs=SMALL, overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['a.safetensors', 'out']
 
 
 def test_installed_weights_keep_their_statistics(tmp_path):

@@ -231,8 +231,9 @@ def test_classifier_of_a_deployed_model(name, model, x):
 
 
 def test_inference_mode_starts_like_any_model(name):
-    """A deployed model that is built is in train mode, and has fewer parameters kinds than the training form."""
+    """A deployed model that is built is in train mode, and has fewer parameters than the training form."""
     model = build(name, inference_mode=True)
+    assert len(list(model.parameters())) < len(list(build(name).parameters()))
     assert all(m.training for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
     assert all(p.isfinite().all() for p in model.parameters())

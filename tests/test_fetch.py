@@ -14,11 +14,13 @@ import servers
 import timm
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file
 from synth import expected, reference_state, relative_error, synth_input
 
 from timm_smpconv import WeightsError, download, fetch, store
 from timm_smpconv.convert import convert
 from timm_smpconv.download import without_password
+from timm_smpconv.fetch import locate
 from timm_smpconv.weights import WEIGHTS, Weights, bundled_path, fixed_input
 
 MODEL, NAME = 'smpconv_seq_speech', 'smpconv_seq_speech.sc'
@@ -196,27 +198,58 @@ def test_two_processes(drive):
     assert len(drive.requests) == 1
 
 
-@pytest.mark.parametrize('delay', [0.0, 0.02, 0.1])
-def test_killed(delay, drive, own, authors_file):
-    """kill -9 at any moment leaves a store from which the next call gets the right weights."""
+@pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='this system has no kill -9')
+@pytest.mark.parametrize('moment', ['weights.json', '.safetensors'])
+@pytest.mark.parametrize('before', [False, True])
+def test_killed(moment, before, drive, own, authors_file):
+    """kill -9 right before a file of the store appears: what was there before is used, else the next source."""
+    if before:
+        convert(authors_file, MODEL, install=True)
     code = (
-        'import sys, time, timm_smpconv\n'
+        'import os, signal\n'
+        'import timm_smpconv\n'
         'from timm_smpconv.convert import convert\n'
-        'print("ready", flush=True)\n'
-        f'while True: convert({str(authors_file)!r}, {MODEL!r}, install=True)\n'
+        'replace = os.replace\n'
+        'def last(old, new):\n'
+        f'    if str(new).startswith({str(own)!r}) and str(new).endswith({moment!r}):\n'
+        '        os.kill(os.getpid(), signal.SIGKILL)\n'
+        '    replace(old, new)\n'
+        'os.replace = last\n'
+        f'convert({str(authors_file)!r}, {MODEL!r}, install=True)\n'
     )
     environment = dict(os.environ, TIMM_SMPCONV_CACHE=str(own))
-    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, env=environment)
-    assert process.stdout.readline() == b'ready\n'
-    for _ in range(3):
-        time.sleep(delay)
-        if delay:
-            path = store.find(NAME)
-            assert path is None or path.is_file()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    assert subprocess.run([sys.executable, '-c', code], env=environment).returncode == -signal.SIGKILL
+    assert list((own / NAME).glob('.*.part'))
+    assert (store.find(NAME) is not None) == before
     check_logits(create())
+    assert len(drive.requests) == (0 if before else 1)
+
+
+def test_sources_of_the_caller_come_before_the_bundled_weights(own, monkeypatch):
+    """An address or a repository that is asked for is asked, though the package has weights of that name."""
+    asked = []
+    monkeypatch.setattr(fetch, 'from_hub', lambda hub_id, *args, **kwargs: asked.append(hub_id) or bundled)
+    monkeypatch.setattr(
+        'timm.models._builder.load_state_dict_from_url', lambda url, **kwargs: asked.append(url) or load_file(bundled)
+    )
+    bundled = bundled_path('smpconv_seq_mnist.smnist')
+    url = 'https://nowhere.invalid/model.pth'
+    timm.create_model('smpconv_seq_mnist', pretrained=True, pretrained_cfg_overlay=dict(url=url))
+    assert asked == [url]
+    cfg = timm.get_pretrained_cfg('smpconv_seq_mnist').to_dict()
+    assert locate('smpconv_seq_mnist.smnist', dict(cfg, file=str(bundled))) == bundled
+    timm.create_model('smpconv_seq_mnist', pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id='me/mine'))
+    assert asked == [url, 'me/mine']
+
+
+@pytest.mark.parametrize(
+    'name', ['../../settings.json', '/etc/settings.json', 'a/../../b.bin', 'c:\\settings.json', '..\\x']
+)
+def test_files_outside_the_repository(name, monkeypatch):
+    """What a config.json of somebody else may name is neither read nor renamed."""
+    monkeypatch.setattr(fetch, 'try_to_load_from_cache', lambda *args, **kwargs: pytest.fail('it was looked for'))
+    with pytest.raises(WeightsError, match='is no file of a repository'):
+        fetch.from_hub('evil/x', name)
 
 
 def test_installed_by_hand(own, authors_file):

@@ -367,6 +367,7 @@ def test_other_recipe_in_the_same_folder(data_dir, tmp_path):
         (dict(val_images=22), 'Of 25 training samples 22 are held out'),
         (dict(model_kwargs=dict(colour=1)), r"model_kwargs=\{'colour': 1\} cannot work: .*colour"),
         (dict(model_kwargs=dict(drop_rate=0.1)), 'cannot work: .*drop_rate'),
+        (dict(pretrained=True), r"model_kwargs=\{'dim': 6, 'depth': 2\} cannot work: .*"),
         (dict(model_kwargs=dict(depth=0)), 'depth and dim must be positive'),
         (dict(model_kwargs=dict(num_classes=5)), 'give 5 classes, the data have 10'),
         (dict(model_kwargs=dict(in_chans=2)), 'do not fit the data: .*got .*1, 28, 28'),
@@ -644,10 +645,11 @@ def test_every_form_of_the_weights_carries_the_statistics(data_dir, tmp_path):
     path = train(recipe, data_dir, tmp_path / 'run', progress=False)
     mean = tuple(read_metadata(path)['mean'])
     assert mean[0] == pytest.approx(5, abs=0.5)
-    folder = convert(tmp_path / 'run' / 'checkpoint.pt', name, tmp_path / 'folder', install=True).folder
+    checkpoint = tmp_path / 'run' / 'checkpoint.pt'
+    folder = convert(checkpoint, name, tmp_path / 'folder', install=True, deployed=True).folder
     shutil.copy(path, tmp_path / 'weights.pt')  # contents decide
     shutil.copy(tmp_path / 'run' / 'checkpoint.pt', tmp_path / 'checkpoint.pt')
-    for file in (path, tmp_path / 'checkpoint.pt', folder / 'model.safetensors', None):
+    for file in (path, tmp_path / 'checkpoint.pt', folder / 'model.safetensors', folder / 'deployed.safetensors', None):
         assert tuple(load_model(name, file).pretrained_cfg['mean']) == mean, file
     assert tuple(timm.create_model(f'local-dir:{folder}', pretrained=True).pretrained_cfg['mean']) == mean
     assert carried_settings(tmp_path / 'weights.pt')['mean'] == mean
@@ -655,6 +657,82 @@ def test_every_form_of_the_weights_carries_the_statistics(data_dir, tmp_path):
         again = dataclasses.replace(recipe, initial_checkpoint=str(file))
         path = train(again, write_trajectories(tmp_path / str(i), train=60), tmp_path / f'run{i}', progress=False)
         assert tuple(read_metadata(path)['mean']) == mean
+
+
+def test_runs_of_a_sister_network(data_dir, tmp_path):
+    """Weights of the same shapes, whose file says which network it is of."""
+    path = train(dataclasses.replace(RECIPE, epochs=1, model_kwargs={}), data_dir, tmp_path / 'run', progress=False)
+    for file in (path, tmp_path / 'run' / 'checkpoint.pt'):
+        assert load_model('smpconv_seq_mnist', file)
+        for other in ('smpconv_seq_pmnist', 'smpconv_seq_speech_raw'):
+            message = f'says that it is of smpconv_seq_mnist, not of {other}'
+            with pytest.raises(ValueError, match=message):
+                load_model(other, file)
+            with pytest.raises(CheckpointError, match=message):
+                convert(file, other, install=True)
+
+
+def test_bundled_weights_keep_their_statistics(data_dir, tmp_path):
+    """As a file to begin with, wherever it lies."""
+    shutil.copy(bundled_path('smpconv_seq_speech.sc'), tmp_path / 'a.safetensors')
+    recipe = Recipe('smpconv_seq_speech', epochs=1, initial_checkpoint=str(tmp_path / 'a.safetensors'), batch_size=8)
+    path = train(recipe, data_dir, tmp_path / 'run', progress=False)
+    assert tuple(read_metadata(path)['mean']) == timm.get_pretrained_cfg('smpconv_seq_speech').mean
+
+
+@pytest.mark.parametrize('how', ['pretrained', 'initial_checkpoint', 'lower_rate'])
+def test_stopped_run_continues(how, data_dir, tmp_path, monkeypatch):
+    """In the ways of the shipped runs: Muon, bfloat16, with and without an average, from weights that are there."""
+    muon = dict(opt='nmuon', opt_kwargs=dict(fallback_no_weight_decay=True, betas=(0.9, 0.98)), amp=True)
+    if how == 'pretrained':
+        recipe = Recipe('smpconv_seq_pmnist', pretrained=True, epochs=2, batch_size=4, val_images=9, **muon)
+    else:
+        kwargs = dict(kernel_size=500, radius=0.008) if how == 'lower_rate' else {}
+        model = 'smpconv_seq_speech_raw' if how == 'lower_rate' else 'smpconv_seq_speech'
+        muon |= {**SPEECH, 'model_kwargs': {**SPEECH['model_kwargs'], **kwargs}, 'model_ema_decay': 0.0}
+        recipe = Recipe(model, epochs=1, sample_rate=500 if kwargs else 0, **muon)
+        first = train(recipe, data_dir, tmp_path / 'first', progress=False)
+        recipe = dataclasses.replace(recipe, epochs=2, initial_checkpoint=str(first), mixup=0.2)
+    whole = train(recipe, data_dir, tmp_path / 'whole', progress=False)
+    step = module._Run.train_step
+
+    def stopping(self, *args):
+        step(self, *args)
+        if self.step in stops:
+            stops.remove(self.step)
+            raise KeyboardInterrupt
+
+    per_epoch = torch.load(tmp_path / 'whole' / 'checkpoint.pt')['step'] // 2
+    stops = [2, per_epoch + 2]
+    monkeypatch.setattr(module._Run, 'train_step', stopping)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, data_dir, tmp_path / 'broken', progress=False, recovery_interval=1)
+    path = train(recipe, data_dir, tmp_path / 'broken', progress=False, recovery_interval=1)
+    assert not stops and path.read_bytes() == whole.read_bytes()
+
+
+def test_what_says_nothing_of_a_checkpoint(data_dir, tmp_path, monkeypatch, caplog):
+    """Nobody is told to delete a checkpoint that could not be opened; a log that is open elsewhere does not matter."""
+    recipe = dataclasses.replace(RECIPE, epochs=1)
+    train(recipe, data_dir, tmp_path, progress=False)
+    load = torch.load
+
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(13, 'Permission denied', str(path))
+
+    monkeypatch.setattr(torch, 'load', refuse)
+    with pytest.raises(PermissionError, match='Permission denied'):
+        train(recipe, data_dir, tmp_path, progress=False)
+    monkeypatch.setattr(torch, 'load', load)
+    monkeypatch.setattr(module, 'write_rows', refuse)
+    train(recipe, data_dir, tmp_path, progress=False)
+    assert 'log.csv cannot be written now' in caplog.text
+    # of a run with another recipe, which wrote between the two files
+    checkpoint = load(tmp_path / 'checkpoint.pt')
+    torch.save({**checkpoint, 'recipe': checkpoint['recipe'] + ' '}, tmp_path / 'checkpoint.pt')
+    with pytest.raises(ValueError, match='a run of another recipe; delete it'):
+        train(recipe, data_dir, tmp_path, progress=False)
 
 
 def test_a_checkpoint_is_read_once(data_dir, tmp_path, monkeypatch):

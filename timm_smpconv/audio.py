@@ -45,7 +45,7 @@ def decode_sound(content: bytes, name: str) -> Sound:
             try:
                 return _decode_wav(content)
             except wave.Error as e:  # floating point, for one
-                if 'unknown format' not in str(e):
+                if not ('unknown' in str(e) and 'format' in str(e)):  # in the words of any version of Python
                     raise
         soundfile = _soundfile(name)
         with soundfile.SoundFile(io.BytesIO(content)) as file:
@@ -61,17 +61,20 @@ def _decode_wav(content: bytes) -> Sound:
         width, channels = file.getsampwidth(), file.getnchannels()
         data = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
         rate = file.getframerate()
+    bits = 8 * width
     if not rate or not channels or width not in (1, 2, 3, 4):
         raise wave.Error(f'{rate} Hz, {channels} channels, {8 * width} bits')
     data = data[: len(data) // (width * channels) * width * channels]  # a file that was cut off ends anywhere
     if width == 1:  # the only unsigned one
         values = (data.astype(np.float32) - 128) / 128
     else:
-        # as the upper bytes of 32 bits
-        padded = np.zeros((len(data) // width, 4), np.uint8)
-        padded[:, 4 - width :] = data.reshape(-1, width)
-        values = (padded.reshape(-1).view('<i4').astype(np.float64) / 2**31).astype(np.float32)
-    return Sound(values.reshape(-1, channels), rate, 8 * width)
+        if width == 3:  # as the upper bytes of 32 bits
+            padded = np.zeros((len(data) // 3, 4), np.uint8)
+            padded[:, 1:] = data.reshape(-1, 3)
+            data, width = padded.reshape(-1), 4
+        values = data.view(f'<i{width}').astype(np.float32)
+        values *= 0.5 ** (8 * width - 1)  # a power of two: rounds nothing
+    return Sound(values.reshape(-1, channels), rate, bits)
 
 
 def _soundfile(name: str) -> Any:
@@ -99,8 +102,9 @@ def load_second(path: Union[str, Path]) -> torch.Tensor:
     """
     path = Path(path)
     sound = decode_sound(path.read_bytes(), path.name)
-    # floating-point files can hold anything
-    samples = np.nan_to_num(sound.samples, posinf=0.0, neginf=0.0).clip(-1.0, 1.0).mean(1)
+    # floating-point files can hold anything; in place, as hours of sound take gigabytes
+    samples = np.nan_to_num(sound.samples, copy=False, posinf=0.0, neginf=0.0)
+    samples = np.clip(samples, -1.0, 1.0, out=samples).mean(1)
     if not len(samples):
         raise ValueError(f'{path.name} has no samples.')
     if sound.rate > _MAX_RATE:

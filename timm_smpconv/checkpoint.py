@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,10 +18,22 @@ from torch import nn
 from ._files import read_metadata
 from .catalog import model_names
 from .models._checkpoint import unwrap_checkpoint
-from .weights import WeightsError
+from .store import file_sha256
+from .weights import WEIGHTS, WeightsError
 
-__all__ = ['FLOATS', 'CheckpointError', 'carried_settings', 'differences', 'fit_checkpoint', 'read_checkpoint']
+__all__ = [
+    'DEPLOYED_FILE',
+    'FLOATS',
+    'WEIGHTS_FILE',
+    'CheckpointError',
+    'carried_settings',
+    'check_architecture',
+    'differences',
+    'fit_checkpoint',
+    'read_checkpoint',
+]
 
+WEIGHTS_FILE, DEPLOYED_FILE = 'model.safetensors', 'deployed.safetensors'  # of a folder for the Hub
 _MAX_LISTED = 12  # differences that a message names
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others need scales that weights lack
 
@@ -49,9 +62,14 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
         raise CheckpointError(f'Cannot read {path}: {e.strerror or e}. Expected a checkpoint file.') from e
     if safe:
         try:
-            return dict(load_file(path))
+            tensors = dict(load_file(path))
         except (SafetensorError, ValueError, OSError, RuntimeError) as e:
             raise CheckpointError(f'{path} is a damaged safetensors file ({_short(e)}): fetch it again.') from e
+        try:
+            architecture = read_metadata(path).get('architecture')  # of `timm-smpconv train`
+        except (AttributeError, ValueError, RecursionError):  # written by somebody else
+            architecture = None
+        return dict(state_dict=tensors, arch=architecture) if isinstance(architecture, str) else tensors
     _check_archive(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -90,9 +108,7 @@ def fit_checkpoint(checkpoint: Dict[str, Any], model: nn.Module, what: str) -> D
     Raises:
         CheckpointError: It is of another network; the message lists the differences.
     """
-    arch, wanted = checkpoint.get('arch'), _name(model)  # timm's train.py stores it
-    if isinstance(arch, str) and arch in model_names() and arch != wanted:
-        raise CheckpointError(f'{what} says that it is of {arch}, not of {wanted}: choose that model.')
+    check_architecture(checkpoint, _name(model), what)
     state_dict = _state_dict(checkpoint, what)
     family = importlib.import_module(type(model).__module__)
     try:
@@ -109,6 +125,17 @@ def fit_checkpoint(checkpoint: Dict[str, Any], model: nn.Module, what: str) -> D
         )
     own = model.state_dict()
     return {key: state_dict[key].to(own[key].dtype).contiguous() for key in own}
+
+
+def check_architecture(checkpoint: Dict[str, Any], wanted: str, what: str) -> None:
+    """Checks that a checkpoint of train.py or of this package, which say their network, is of the one wanted.
+
+    Raises:
+        CheckpointError: It is of another network of this package.
+    """
+    arch = checkpoint.get('arch')
+    if isinstance(arch, str) and arch in model_names() and arch != wanted:
+        raise CheckpointError(f'{what} says that it is of {arch}, not of {wanted}: choose that model.')
 
 
 def differences(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> List[str]:
@@ -140,8 +167,8 @@ def carried_settings(
 ) -> Dict[str, Tuple[float, ...]]:
     """What a file of weights says of the input it was trained on.
 
-    `timm-smpconv train` writes it into weights and checkpoint; model.safetensors of a folder for the Hub has a
-    config.json beside it.
+    `timm-smpconv train` writes it into weights and checkpoint; the weights in a folder for the Hub have a config.json
+    beside them; the bundled weights are known by their hash.
 
     Args:
         path: File of weights, of any format.
@@ -174,9 +201,15 @@ def carried_settings(
 def _carried(path: Path, checkpoint: Optional[Dict[str, Any]]) -> Dict[str, Any]:
     if _is_safetensors(path):
         carried = read_metadata(path)
+        if 'mean' in carried:
+            return carried
         config = path.with_name('config.json')
-        if 'mean' not in carried and path.name == 'model.safetensors' and config.is_file():
+        if path.name in (WEIGHTS_FILE, DEPLOYED_FILE) and config.is_file():
             return json.loads(config.read_text(encoding='utf-8')).get('pretrained_cfg', {})
+        for name, weights in WEIGHTS.items():  # those of the package, under any name
+            if path.stat().st_size == weights.size and file_sha256(path) == weights.sha256:
+                cfg = timm.get_pretrained_cfg(name)
+                return dict(mean=cfg.mean, std=cfg.std, input_size=cfg.input_size)
         return carried
     if checkpoint is None:
         checkpoint = read_checkpoint(path)

@@ -63,6 +63,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         Exit status: 0 done, 1 files could not be read or checks failed, 2 the work could not begin or be finished,
         130 interrupted.
     """
+    with contextlib.ExitStack() as stack:
+        if sys.stdout is None:  # closed, by a service manager for one
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, 'w'))))
+        if sys.stderr is None:
+            stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, 'w'))))
+        return _main(argv)
+
+
+def _main(argv: Optional[Sequence[str]]) -> int:
     try:
         args = _parser().parse_args(argv)
     except SystemExit as e:  # --help, --version and errors in the arguments, already printed by argparse

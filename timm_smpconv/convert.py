@@ -16,15 +16,13 @@ from torch import nn
 from . import store
 from ._files import save_tensors, write_text
 from .cards import model_card
-from .checkpoint import carried_settings, fit_checkpoint, read_checkpoint
-from .fetch import WEIGHTS_FILE
+from .checkpoint import DEPLOYED_FILE, WEIGHTS_FILE, carried_settings, fit_checkpoint, read_checkpoint
 from .models._base import LargeKernelNet
 from .predict import check_known
 from .weights import WEIGHTS
 
-__all__ = ['DEPLOYED_FILE', 'FILES', 'TENSORS_FILE', 'Converted', 'convert', 'write_config']
+__all__ = ['FILES', 'TENSORS_FILE', 'Converted', 'convert', 'write_config']
 
-DEPLOYED_FILE = 'deployed.safetensors'
 TENSORS_FILE = 'test/rand_tensors.safetensors'
 FILES = ('config.json', WEIGHTS_FILE, 'README.md', TENSORS_FILE)  # of every folder
 
@@ -179,13 +177,14 @@ def _write_folder(
             old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
             try:
                 os.replace(folder, old / folder.name)
-                try:
-                    os.replace(temporary, folder)
-                except OSError:
+                os.replace(temporary, folder)
+            except BaseException:  # Ctrl-C too
+                if not folder.exists():
                     os.replace(old / folder.name, folder)
-                    raise
+                raise
             finally:
-                shutil.rmtree(old)
+                if folder.exists():  # the new one, or the old one again
+                    shutil.rmtree(old)
         else:
             os.replace(temporary, folder)
     finally:

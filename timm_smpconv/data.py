@@ -23,6 +23,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Sequence, Set, Tupl
 
 import numpy as np
 import torch
+from huggingface_hub.utils import WeakFileLock
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -139,10 +140,7 @@ def prepare(
         raise ValueError(f'{folder} is not a folder: give the folder that shall hold the data.')
     target = folder / subfolder
     if target.exists():
-        missing = [file for file in required if not (target / file).exists()]
-        if missing:
-            raise ValueError(f'{target} lacks {", ".join(missing)}: delete this folder or choose another data folder.')
-        return Prepared(target, False, {})
+        return _found(target, required)
     files: List[Path] = []
     for archive in map(Path, archives):
         if not archive.exists():
@@ -151,16 +149,27 @@ def prepare(
     if archives and not files:
         raise ValueError(f'{archives[0]} has no files in it: give the archive itself, or the folder that it lies in.')
 
-    part = target.with_name(target.name + '.part')
-    if part.exists():  # of a call that was killed
-        shutil.rmtree(part)
-    part.mkdir(parents=True)
-    try:
-        counts = make(part, files, folder / 'downloads', progress)
-        os.replace(part, target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder / f'.{name}.lock'):  # other calls wait, and find what this one has made
+        if target.exists():
+            return _found(target, required)
+        part = target.with_name(target.name + '.part')
+        if part.exists():  # of a call that was killed
+            shutil.rmtree(part)
+        part.mkdir(parents=True)
+        try:
+            counts = make(part, files, folder / 'downloads', progress)
+            os.replace(part, target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return Prepared(target, True, counts)
+
+
+def _found(target: Path, required: Sequence[str]) -> Prepared:
+    missing = [file for file in required if not (target / file).exists()]
+    if missing:
+        raise ValueError(f'{target} lacks {", ".join(missing)}: delete this folder or choose another data folder.')
+    return Prepared(target, False, {})
 
 
 # reading archives

@@ -62,8 +62,8 @@ def download(url: str, path: Path, what: str, progress: bool = True) -> None:
                 raise DownloadError('a page came in place of the file, again after its form was answered: try later.')
             url, answered = form, True
         except _Broken as e:
-            progress = path.exists() and path.stat().st_size > before
-            tries = 0 if progress and _can_go_on(path) else tries + 1
+            grown = path.exists() and path.stat().st_size > before
+            tries = 0 if grown and _can_go_on(path) else tries + 1
             if tries >= _TRIES:
                 kept = 'what has arrived is kept, call again to go on' if _can_go_on(path) else 'try again later'
                 raise DownloadError(f'{e}; {kept}.') from e

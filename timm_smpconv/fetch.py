@@ -32,15 +32,14 @@ from safetensors import SafetensorError, safe_open
 
 from . import store
 from ._files import save_tensors
-from .checkpoint import FLOATS, CheckpointError, fit_checkpoint, read_checkpoint
+from .checkpoint import FLOATS, WEIGHTS_FILE, CheckpointError, fit_checkpoint, read_checkpoint
 from .download import TIMEOUT, DownloadError, download, one_line, without_password
 from .weights import WEIGHTS, WeightsError, bundled_path, hub_repo
 
-__all__ = ['WEIGHTS_FILE', 'from_hub', 'hub_cause', 'hub_file', 'locate']
+__all__ = ['from_hub', 'hub_cause', 'hub_file', 'locate']
 
 _logger = logging.getLogger(__name__)
 
-WEIGHTS_FILE = 'model.safetensors'
 _PICKLED_FILE = 'pytorch_model.bin'
 _STALLED = 15.0  # seconds without a byte after which a download from the Hub is given up; it tries again after ten
 
@@ -227,6 +226,20 @@ def _from_hub(
             return _hub_file(hub_id, _PICKLED_FILE, None, cache_dir)
         except _NoFile:
             raise missing from None
+    except _Unavailable:
+        # a repository that had the other file alone when it was asked, and cannot be asked now
+        if sha256 or not _is_cached(hub_id, _PICKLED_FILE, cache_dir):
+            raise
+        return _hub_file(hub_id, _PICKLED_FILE, None, cache_dir)
+
+
+def _is_cached(hub_id: str, filename: str, cache_dir: Optional[Union[str, Path]]) -> bool:
+    repo, _, revision = hub_id.partition('@')
+    try:
+        cached = try_to_load_from_cache(repo, filename, revision=revision or None, cache_dir=cache_dir)
+    except (ValueError, OSError):  # no name of a repository, or no cache
+        return False
+    return isinstance(cached, str)
 
 
 class _NoFile(_Unavailable):
@@ -239,6 +252,9 @@ class _Unreadable(_Unavailable):
 
 def _hub_file(hub_id: str, filename: str, sha256: Optional[str], cache_dir: Optional[Union[str, Path]]) -> Path:
     """A file of the Hub, from the cache if it is intact there and cannot be newer on the server, else downloaded."""
+    parts = filename.replace('\\', '/').split('/')
+    if filename.startswith('/') or ':' in parts[0] or '..' in parts:  # as a config.json of somebody else may say
+        raise _Unavailable(f'{filename!r} is no file of a repository.')
     repo, _, revision = hub_id.partition('@')
     where = dict(revision=revision or None, cache_dir=cache_dir)
     try:

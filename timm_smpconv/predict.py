@@ -16,7 +16,7 @@ from torch import nn
 from . import store
 from .audio import load_second
 from .catalog import model_names
-from .checkpoint import carried_settings, read_checkpoint
+from .checkpoint import carried_settings, check_architecture, read_checkpoint
 from .classes import CLASS_NAMES
 from .tasks import TASKS, network_input
 from .weights import WEIGHTS
@@ -137,6 +137,7 @@ def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None, as
         raise ValueError(f'No checkpoint at {path}: expected a file of weights (.safetensors, .pth, .pt ...).')
     try:
         checkpoint = read_checkpoint(path)
+        check_architecture(checkpoint, name.partition('.')[0], 'it')
         carried = carried_settings(path, _input_size(name)[0], checkpoint)
         size = carried.get('input_size', _input_size(name))
         # images may have any size; a series of another rate is another one
@@ -150,8 +151,7 @@ def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None, as
         model.pretrained_cfg.pop('state_dict', None)  # the configuration would keep a second copy
     except Exception as e:  # unpickling and conversion of a file of unknown contents fail in any way
         raise ValueError(f'Cannot load {path} into {name}: {_one_line(e)} Expected a checkpoint of this model.') from e
-    key = f'{name.partition(".")[0]}.{model.pretrained_cfg["tag"]}'
-    return _normalised(model, name, 'mean' in carried or store.file_sha256(path) == WEIGHTS[key].sha256, as_given)
+    return _normalised(model, name, 'mean' in carried, as_given)
 
 
 def _normalised(model: nn.Module, name: str, said: bool, as_given: bool) -> nn.Module:

@@ -14,10 +14,11 @@ from torch import nn
 from . import store
 from .cards import PLACEHOLDER
 from .catalog import model_names
-from .convert import DEPLOYED_FILE, FILES, TENSORS_FILE
+from .checkpoint import DEPLOYED_FILE, WEIGHTS_FILE
+from .convert import FILES, TENSORS_FILE
 from .download import without_password
 from .factory import check_config, create_model
-from .fetch import WEIGHTS_FILE, hub_cause
+from .fetch import hub_cause
 from .version import __version__
 from .weights import WEIGHTS, WeightsError
 

@@ -28,6 +28,7 @@ from .audio import RATE
 from .checkpoint import carried_settings, fit_checkpoint, read_checkpoint
 from .convert import write_config
 from .data import Samples
+from .factory import create_model
 from .models._checkpoint import unwrap_checkpoint
 from .models.smpconv_seq import change_rate
 from .recipe import Recipe, read_recipe, recipe_text
@@ -120,10 +121,12 @@ def _digest(samples: Samples) -> str:
 
 @contextlib.contextmanager
 def _blaming(**fields: Any) -> Iterator[None]:
-    """Turns the TypeError of arguments that nothing takes into a ValueError that names the fields they are from."""
+    """Turns the error of arguments that nothing takes, or that weights do not fit, into one that names their fields."""
     try:
         yield
-    except TypeError as e:
+    except WeightsError:
+        raise
+    except (TypeError, RuntimeError) as e:
         values = ', '.join(f'{name}={value!r}' for name, value in fields.items())
         raise ValueError(f'{values} cannot work: {e}') from e
 
@@ -134,7 +137,7 @@ class _Teacher:
     def __init__(self, recipe: Recipe, task: Task, device: torch.device):
         name = recipe.kd_model_name
         try:
-            self.model = timm.create_model(name, pretrained=True).eval().to(device)
+            self.model = create_model(name, pretrained=True).eval().to(device)
         except WeightsError:
             raise
         except RuntimeError as e:  # no such model
@@ -233,12 +236,16 @@ class _Run:
         path = self._checkpoint_path
         advice = 'delete it to start over'
         try:
-            checkpoint = torch.load(path, map_location=self.device, weights_only=True)
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
             version = checkpoint.get('version')
+        except (OSError, MemoryError):  # which say nothing of its contents
+            raise
         except Exception as e:  # torch.load raises almost anything, with long advice that does not help here
             raise ValueError(f'Cannot continue from {path}, it is damaged or no checkpoint: {advice}.') from e
         if version != _CHECKPOINT_VERSION:
             raise ValueError(f'Cannot continue from {path}, which another version of this package wrote: {advice}.')
+        if checkpoint.get('recipe', recipe_text(self.recipe)) != recipe_text(self.recipe):
+            raise ValueError(f'Cannot continue from {path}: it is of a run of another recipe; {advice}.')
         if checkpoint.get('data') != self.data:
             raise ValueError(f'Cannot continue from {path}: it is of a run on other data; {advice}.')
         try:
@@ -258,6 +265,7 @@ class _Run:
             version=_CHECKPOINT_VERSION,
             arch=self.recipe.model,
             data=self.data,
+            recipe=recipe_text(self.recipe),
             state_dict=self.model.state_dict(),
             state_dict_ema=self.ema.module.state_dict() if self.ema else None,
             optimizer=self.optimizer.state_dict(),
@@ -281,7 +289,10 @@ class _Run:
     def write_log(self) -> None:
         """Writes the log as the rows have it, so that a killed run neither loses nor doubles one."""
         if self.rows:
-            write_rows(self.output / 'log.csv', self.rows)
+            try:
+                write_rows(self.output / 'log.csv', self.rows)
+            except PermissionError as e:  # open in another program, on Windows; the checkpoint has the rows
+                _logger.warning('%s cannot be written now (%s).', self.output / 'log.csv', e)
 
     def train_step(self, x: torch.Tensor, target: torch.Tensor, labels: torch.Tensor) -> None:
         """One update from normalised inputs and class indices or probabilities; `labels` are for the accuracy."""
@@ -360,7 +371,7 @@ def train(
     samples, held = split(task.load(data_dir, True), recipe, task)
     recipe_path = output / 'recipe.yaml'
     if recipe_path.exists():
-        if Recipe(**read_recipe(recipe_path)) != recipe:
+        if recipe_text(Recipe(**read_recipe(recipe_path))) != recipe_text(recipe):  # tuples are lists there
             raise ValueError(f'{output} holds a run of another recipe ({recipe_path}): choose another output folder.')
     elif (output / 'checkpoint.pt').exists():
         raise ValueError(f'{output} holds a run without its {recipe_path.name}: choose another output folder.')

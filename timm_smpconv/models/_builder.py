@@ -72,6 +72,8 @@ def build(
     """
     overlay = kwargs.pop('pretrained_cfg_overlay', None)
     resolved = resolve_pretrained_cfg(variant, kwargs.pop('pretrained_cfg', None), overlay).to_dict()
+    if overlay and 'file' not in overlay and (overlay.get('url') or overlay.get('hf_hub_id')):
+        resolved['file'] = None  # the bundled weights, which timm would prefer
     weights: Optional[Path] = None
     if pretrained:
         from ..checkpoint import carried_settings  # which, like fetch, knows the models
