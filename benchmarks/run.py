@@ -426,7 +426,7 @@ def _first_words(cases: List[Case]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--cases', nargs='*', default=[''], help='run the cases whose names start so')
+    parser.add_argument('--cases', nargs='+', default=[''], help='run the cases whose names start so')
     parser.add_argument('--skip', nargs='*', default=[], help='leave out these paths (plain stays)')
     parser.add_argument('--repeats', type=int, default=7, help='measured runs of each path')
     parser.add_argument('--seconds', type=float, default=20.0, help='no further run of a path after this time')

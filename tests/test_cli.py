@@ -23,7 +23,7 @@ from timm_smpconv._files import save_tensors
 from timm_smpconv.catalog import model_names
 from timm_smpconv.classes import CIFAR10
 from timm_smpconv.cli import main
-from timm_smpconv.predict import class_names, load_image, load_model, predict_files
+from timm_smpconv.predict import check_inputs, class_names, load_image, load_model, predict_files
 from timm_smpconv.recipe import read_recipe
 from timm_smpconv.tasks import TASKS, network_input, stepwise
 from timm_smpconv.validate import validate
@@ -453,7 +453,7 @@ def test_step_statistics(tmp_path, data, name):
         return
     weights = _save(name, tmp_path / 'weights.safetensors')
     with torch.inference_mode():
-        logits = load_model(name, weights, as_given=True)(expected)
+        logits = load_model(name, weights)(expected)
     best = logits.topk(2)
     clear = best.values[:, 0] - best.values[:, 1] > 1e-2 * logits.abs().max()
     result = validate(name, data, weights, progress=False, step_statistics=True)
@@ -469,9 +469,13 @@ def test_weights_that_do_not_say_their_normalisation(capsys, caplog, tmp_path, d
     assert run(capsys, *arguments, '--step-statistics')[0] == 0
     save_tensors(weights, load_file(weights), dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0]))
     assert run(capsys, *arguments)[0] == 0
-    load_model('smpconv_seq_speech')
-    load_model('smpconv_seq_speech', bundled_path('smpconv_seq_speech.sc'))
+    for checkpoint in (None, bundled_path('smpconv_seq_speech.sc')):
+        check_inputs('smpconv_seq_speech', checkpoint)
     assert not caplog.text
+    status, _, err = run(capsys, *arguments, '--step-statistics')
+    assert status == 2 and 'weights.safetensors says how its inputs were normalised' in err
+    status, _, err = run(capsys, 'validate', '--model', 'smpconv_seq_speech', '--data', data, '--step-statistics')
+    assert status == 2 and 'leave out step_statistics' in err
     status, _, err = run(capsys, 'validate', '--data', data, '--step-statistics')
     assert status == 2 and 'not for smpconv_seq_mnist' in err
 

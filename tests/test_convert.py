@@ -8,6 +8,7 @@ import signal
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -31,8 +32,46 @@ def authors_checkpoint(name):
     if timm.get_pretrained_cfg(name).num_classes == 1000:
         args = argparse.Namespace(model=name, lr=4e-3)
         other = {key: torch.zeros_like(value) for key, value in state.items()}
-        return dict(model=other, model_ema=state, optimizer=dict(state={}), epoch=299, args=args)
+        group = dict(lr=np.float64(1e-7), weight_decay=np.float64(0.05), lr_scale=1.0, flag='radius_flag', params=[0])
+        scaler = dict(scale=65536.0)
+        return dict(
+            epoch=299, arch='SMPConv_T', state_dict=other, optimizer=dict(state={}, param_groups=[group]), version=2,
+            args=args, amp_scaler=scaler, state_dict_ema=state, metric=None,
+        )  # fmt: skip
     return dict(model=state, optimizer=dict(state={}), lr_scheduler={}, epoch=199)
+
+
+def with_older_numpy(file):
+    """Makes a file that torch.save wrote one of the time before numpy 2, which has renamed a module."""
+    with zipfile.ZipFile(file) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, 'w') as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content.replace(b'numpy._core.multiarray\n', b'numpy.core.multiarray\n'))
+
+
+@pytest.mark.parametrize('older', [False, True])
+def test_numbers_of_numpy(older, tmp_path):
+    """The authors' ImageNet training leaves them in the optimizer; other things of numpy are not taken."""
+    name, file = 'smpconv_tiny', tmp_path / 'authors.pth'
+    torch.save(authors_checkpoint(name), file)
+    if older:
+        with_older_numpy(file)
+    x, wanted = synth_input(name), torch.from_numpy(expected(name)['logits'])
+    overlay = dict(file=str(file))  # what train.py makes of --pretrained-path
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    with torch.inference_mode():
+        assert relative_error(model(x), wanted) < 1e-4
+    assert model.pretrained_cfg['file'] == str(file) and 'state_dict' not in model.pretrained_cfg
+    kinds = dict(a=np.float64(2.5), b=np.float32(0.5), c=np.int64(-3), d=np.bool_(True), e=torch.ones(2))
+    torch.save(kinds, file)
+    if older:
+        with_older_numpy(file)
+    read = read_checkpoint(file)
+    assert all(read[key] == kinds[key] and type(read[key]) is type(kinds[key]) for key in 'abcd')
+    torch.save(dict(a=np.ones(2)), file)
+    with pytest.raises(CheckpointError, match='could run code'):
+        read_checkpoint(file)
 
 
 @pytest.mark.parametrize('name', FIXTURE_NAMES)
@@ -40,6 +79,7 @@ def test_convert_install_create(name, tmp_path):
     """Convert, install, create: the expected logits of every reference layout, from the store and from the folder."""
     file = tmp_path / 'authors.pth'
     torch.save(authors_checkpoint(name), file)
+    with_older_numpy(file)
     result = convert(file, name, tmp_path / 'out' / 'model', install=True, deployed=True)
     assert result.name == f'{name}.{timm.get_pretrained_cfg(name).tag}'
     x, wanted = synth_input(name), torch.from_numpy(expected(name)['logits'])

@@ -321,8 +321,23 @@ def test_convolutions_with_norm():
             module.reparameterize()
             assert relative_error(module(x), wanted) <= 1e-5
             assert not any(isinstance(m, nn.BatchNorm2d) for m in module.modules())
+    module = randomize_norms(ConvNorm(4, 4, 3)).eval()
+    torch.nn.utils.parametrizations.weight_norm(module.conv)  # whose weight is what it computes
+    module.eval()
+    with torch.no_grad():
+        wanted = module(x)
+        module.reparameterize()
+        assert relative_error(module(x), wanted) <= 1e-5
     with pytest.raises(RuntimeError, match='its convolution is a Conv2dSame'):
         ConvNorm(4, 4, 3, stride=2, padding='same').eval().reparameterize()
+
+
+def test_deployed_pelk_with_other_convolutions():
+    """There is nothing left to fold: the second time is harmless."""
+    model = build('pelk_tiny').eval().reparameterize()
+    block = model.stages[0].blocks[0]
+    block.conv = Adapter(block.conv).eval()
+    model.reparameterize()
 
 
 def test_stages_of_pelk_deploy_their_blocks():

@@ -243,7 +243,16 @@ def test_sources_of_the_caller_come_before_the_bundled_weights(own, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    'name', ['../../settings.json', '/etc/settings.json', 'a/../../b.bin', 'c:\\settings.json', '..\\x']
+    'name',
+    [
+        '../../settings.json',
+        '/etc/settings.json',
+        'a/../../b.bin',
+        'c:\\settings.json',
+        '..\\x',
+        '\\x\\y',
+        '\\\\server\\x',
+    ],
 )
 def test_files_outside_the_repository(name, monkeypatch):
     """What a config.json of somebody else may name is neither read nor renamed."""

@@ -271,6 +271,7 @@ def test_no_classifier_without_pooling():
     model = build('smpconv_seq_mnist', num_classes=0, global_pool='')
     with pytest.raises(ValueError, match='leaves nothing to classify'):
         model.reset_classifier(5)
+    assert model.num_classes == 0
     model.reset_classifier(5, 'last')
     assert model(make_input('smpconv_seq_mnist')).shape[1] == 5
 

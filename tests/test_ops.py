@@ -311,6 +311,26 @@ def test_autocast_leaves_float64_alone(op):
             OPS[op](case[0], case[1].float())
 
 
+@pytest.mark.parametrize('op', sorted(OPS))
+@pytest.mark.parametrize('backend', ['direct', 'fft', 'dft'])
+def test_compiled_gradients(backend, op):
+    """In one graph, the gradients of the backends included."""
+    args = make_case(op, 2, 3, 3, (8, 9), (5, 4), torch.float32, bias=False)[:2]
+
+    def run(x, weight):
+        return OPS[op](x, weight).square().sum()
+
+    torch.compiler.reset()
+    results = []
+    for function in (run, torch.compile(run, fullgraph=True, backend='aot_eager')):
+        own = [a.clone().requires_grad_() for a in args]
+        with ops.use_backend(backend):
+            function(*own).backward()
+        results.append([a.grad for a in own])
+    for eager, compiled in zip(*results):
+        assert relative_error(compiled, eager) < 1e-5
+
+
 def test_backward_pass_within_autocast():
     """Gradients are computed in float32, as those of a backward pass outside."""
     x, weight, _ = make_case('depthwise', 2, 6, 6, (12, 9), (5, 4), torch.float32)

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+import numpy as np
 import timm
 import torch
 from safetensors import SafetensorError
@@ -31,9 +32,18 @@ __all__ = [
     'differences',
     'fit_checkpoint',
     'read_checkpoint',
+    'records_settings',
 ]
 
 WEIGHTS_FILE, DEPLOYED_FILE = 'model.safetensors', 'deployed.safetensors'  # of a folder for the Hub
+# numpy 2 has renamed a module, whose old name is in older files
+_number = np.float64(0).__reduce__()[0]
+_SAFE_GLOBALS: List[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ('bool', 'int32', 'int64', 'float16', 'float32', 'float64')),
+    *((_number, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')),
+]
 _MAX_LISTED = 12  # differences that a message names
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others need scales that weights lack
 
@@ -45,7 +55,8 @@ class CheckpointError(WeightsError):
 def read_checkpoint(path: Path) -> Dict[str, Any]:
     """Reads a checkpoint: safetensors, or what torch.save writes; no code in it is run.
 
-    Besides tensors and plain Python values a pickle may hold an argparse.Namespace, as training scripts store it.
+    Besides tensors and plain Python values a pickle may hold an argparse.Namespace, as training scripts store it, and
+    single numbers of numpy: the authors' ImageNet training has them as learning rates, in the state of the optimizer.
 
     Args:
         path: File of any name; its contents decide.
@@ -72,7 +83,7 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
         return dict(state_dict=tensors, arch=architecture) if isinstance(architecture, str) else tensors
     _check_archive(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
             # a file object: given a name, torch goes by its suffix
             with path.open('rb') as f:
                 checkpoint = torch.load(f, map_location='cpu', weights_only=True)
@@ -182,7 +193,7 @@ def carried_settings(
         CheckpointError: The file cannot be read, or says what cannot be.
     """
     try:
-        carried = _carried(path, checkpoint)
+        carried = _recorded(path, checkpoint) or _beside(path) or _of_the_table(path)
         found = {key: tuple(carried[key]) for key in ('mean', 'std', 'input_size') if key in carried}
         numbers = {key: tuple(float(v) for v in values) for key, values in found.items() if key != 'input_size'}
     except (TypeError, ValueError, RecursionError, SafetensorError, OSError):  # written by somebody else
@@ -198,19 +209,40 @@ def carried_settings(
     return {**found, **numbers}
 
 
-def _carried(path: Path, checkpoint: Optional[Dict[str, Any]]) -> Dict[str, Any]:
+def records_settings(path: Path, checkpoint: Optional[Dict[str, Any]] = None) -> bool:
+    """Whether weights are of this package's own training, which knows how their inputs were normalised.
+
+    Args:
+        path: File of weights, of any format.
+        checkpoint: What `read_checkpoint` has read of it already.
+    """
+    try:
+        return bool(_recorded(path, checkpoint) or _of_the_table(path))
+    except (TypeError, ValueError, RecursionError, SafetensorError, OSError):  # written by somebody else
+        return False
+
+
+def _beside(path: Path) -> Dict[str, Any]:
+    """What the configuration of a folder for the Hub says of the weights in it."""
+    config = path.with_name('config.json')
+    if path.name in (WEIGHTS_FILE, DEPLOYED_FILE) and config.is_file() and _is_safetensors(path):
+        return json.loads(config.read_text(encoding='utf-8')).get('pretrained_cfg', {})
+    return {}
+
+
+def _of_the_table(path: Path) -> Dict[str, Any]:
+    """What is known of the weights of this package, under any name."""
+    for name, weights in WEIGHTS.items():
+        if path.stat().st_size == weights.size and file_sha256(path) == weights.sha256:
+            cfg = timm.get_pretrained_cfg(name)
+            return dict(mean=cfg.mean, std=cfg.std, input_size=cfg.input_size)
+    return {}
+
+
+def _recorded(path: Path, checkpoint: Optional[Dict[str, Any]]) -> Dict[str, Any]:
+    """What `timm-smpconv train` has written into a file."""
     if _is_safetensors(path):
-        carried = read_metadata(path)
-        if 'mean' in carried:
-            return carried
-        config = path.with_name('config.json')
-        if path.name in (WEIGHTS_FILE, DEPLOYED_FILE) and config.is_file():
-            return json.loads(config.read_text(encoding='utf-8')).get('pretrained_cfg', {})
-        for name, weights in WEIGHTS.items():  # those of the package, under any name
-            if path.stat().st_size == weights.size and file_sha256(path) == weights.sha256:
-                cfg = timm.get_pretrained_cfg(name)
-                return dict(mean=cfg.mean, std=cfg.std, input_size=cfg.input_size)
-        return carried
+        return read_metadata(path)
     if checkpoint is None:
         checkpoint = read_checkpoint(path)
     return checkpoint if {'mean', 'std', 'state_dict'} <= checkpoint.keys() else {}

@@ -20,7 +20,7 @@ from .catalog import ModelInfo, describe_models
 from .confusion import MAX_CLASSES, draw_confusion
 from .convert import convert
 from .data import DATA_SETS, prepare
-from .predict import FileResult, check_known, check_takes_files, load_model, predict_files
+from .predict import FileResult, check_inputs, check_known, check_takes_files, load_model, predict_files
 from .publish import push, verify
 from .recipe import Recipe, field_texts, read_recipe
 from .train import check_trainable, train
@@ -283,6 +283,7 @@ def _predict(args: argparse.Namespace) -> int:
     with _user_errors(ValueError):
         check_known(args.model)
         check_takes_files(args.model, args.invert)
+        check_inputs(args.model, args.checkpoint_path)
     model = _load(args)
     results: List[FileResult] = []
     bar = tqdm(

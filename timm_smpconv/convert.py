@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -19,7 +20,10 @@ from .cards import model_card
 from .checkpoint import DEPLOYED_FILE, WEIGHTS_FILE, carried_settings, fit_checkpoint, read_checkpoint
 from .models._base import LargeKernelNet
 from .predict import check_known
+from .tasks import TASKS
 from .weights import WEIGHTS
+
+_logger = logging.getLogger(__name__)
 
 __all__ = ['FILES', 'TENSORS_FILE', 'Converted', 'convert', 'write_config']
 
@@ -114,6 +118,14 @@ def convert(
             f'be installed.'
         )
     model.pretrained_cfg.update(carried)
+    task = TASKS.get(name.partition('.')[0])
+    if task and task.stepwise and not carried:
+        _logger.warning(
+            '%s does not say how its inputs were normalised: the configuration gets the mean and std of the weights of '
+            'this package. If it is of the authors, they normalise each time step (timm-smpconv validate '
+            '--step-statistics).',
+            file,
+        )
 
     name = f'{name.partition(".")[0]}.{model.pretrained_cfg["tag"]}'
     source_sha256 = store.file_sha256(file)

@@ -253,7 +253,7 @@ class _Unreadable(_Unavailable):
 def _hub_file(hub_id: str, filename: str, sha256: Optional[str], cache_dir: Optional[Union[str, Path]]) -> Path:
     """A file of the Hub, from the cache if it is intact there and cannot be newer on the server, else downloaded."""
     parts = filename.replace('\\', '/').split('/')
-    if filename.startswith('/') or ':' in parts[0] or '..' in parts:  # as a config.json of somebody else may say
+    if not parts[0] or ':' in parts[0] or '..' in parts:  # as a config.json of somebody else may say
         raise _Unavailable(f'{filename!r} is no file of a repository.')
     repo, _, revision = hub_id.partition('@')
     where = dict(revision=revision or None, cache_dir=cache_dir)

@@ -16,14 +16,15 @@ from torch import nn
 from . import store
 from .audio import load_second
 from .catalog import model_names
-from .checkpoint import carried_settings, check_architecture, read_checkpoint
+from .checkpoint import carried_settings, check_architecture, read_checkpoint, records_settings
 from .classes import CLASS_NAMES
 from .tasks import TASKS, network_input
-from .weights import WEIGHTS
+from .weights import WEIGHTS, bundled_path
 
 __all__ = [
     'FileResult',
     'Prediction',
+    'check_inputs',
     'check_known',
     'check_takes_files',
     'class_names',
@@ -112,15 +113,12 @@ def _input_size(name: str) -> Tuple[int, ...]:
     return timm.get_pretrained_cfg(name).input_size
 
 
-def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None, as_given: bool = False) -> nn.Module:
+def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None) -> nn.Module:
     """Builds a model with its weights, in deployed form and eval mode.
-
-    Weights of speech and trajectories that do not say how their inputs were normalised are reported in the log.
 
     Args:
         name: `name` or `name.tag` of a model of this package.
         checkpoint_path: Weights to use in place of the model's own: of this package, deployed or not, or the authors'.
-        as_given: Inputs will be normalised already, so that the model's configuration gets the mean 0 and std 1.
 
     Raises:
         ValueError: The model is unknown, or the checkpoint cannot be loaded.
@@ -128,10 +126,7 @@ def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None, as
     """
     check_known(name)
     if checkpoint_path is None:
-        model = timm.create_model(name, pretrained=True, inference_mode=True).eval()
-        key = f'{name.partition(".")[0]}.{model.pretrained_cfg["tag"]}'
-        stored = store.find(key, by_hand=bool(WEIGHTS[key].bundled))
-        return _normalised(model, name, stored is None or bool(carried_settings(stored)), as_given)
+        return timm.create_model(name, pretrained=True, inference_mode=True).eval()
     path = Path(checkpoint_path)
     if not path.is_file():
         raise ValueError(f'No checkpoint at {path}: expected a file of weights (.safetensors, .pth, .pt ...).')
@@ -149,23 +144,46 @@ def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None, as
         overlay = dict(state_dict=checkpoint, **carried)
         model = timm.create_model(name, pretrained=True, inference_mode=True, pretrained_cfg_overlay=overlay).eval()
         model.pretrained_cfg.pop('state_dict', None)  # the configuration would keep a second copy
+        return model
     except Exception as e:  # unpickling and conversion of a file of unknown contents fail in any way
         raise ValueError(f'Cannot load {path} into {name}: {_one_line(e)} Expected a checkpoint of this model.') from e
-    return _normalised(model, name, 'mean' in carried, as_given)
 
 
-def _normalised(model: nn.Module, name: str, said: bool, as_given: bool) -> nn.Module:
-    """The model, with what is known of the normalisation of its inputs."""
+def check_inputs(name: str, checkpoint_path: Optional[Union[str, Path]] = None, step_statistics: bool = False) -> None:
+    """Checks how the inputs of weights were normalised, where the authors normalise them in another way.
+
+    Weights that do not say it are reported in the log.
+
+    Args:
+        name: `name` or `name.tag` of a model of this package.
+        checkpoint_path: Weights to use in place of the model's own.
+        step_statistics: They are taken for the authors'.
+
+    Raises:
+        ValueError: `step_statistics` for a model of other data, or for weights of this package's training.
+    """
     task = TASKS.get(name.partition('.')[0])
-    if as_given:
-        model.pretrained_cfg.update(mean=(0.0,), std=(1.0,))
-    elif task and task.stepwise and not said:
-        _logger.warning(
-            'These weights of %s do not say how their inputs were normalised: as for those of this package is assumed. '
-            'The authors normalise each time step; timm-smpconv validate --step-statistics measures their weights so.',
-            name,
+    if task is None or not task.stepwise:
+        if step_statistics:
+            fitting = ', '.join(known for known, task in TASKS.items() if task.stepwise)
+            raise ValueError(f'Statistics of each time step are for {fitting}, not for {name}.')
+        return
+    key = f'{name.partition(".")[0]}.{timm.get_pretrained_cfg(name).tag}'
+    file = Path(checkpoint_path) if checkpoint_path else store.find(key, by_hand=True) or bundled_path(key)
+    file = file or store.find(key)
+    if file is None or not file.is_file():
+        return
+    if step_statistics and records_settings(file):
+        raise ValueError(
+            f'{file} says how its inputs were normalised, since it is of the training of this package: leave out '
+            f"step_statistics, which is for the authors' weights."
         )
-    return model
+    if not step_statistics and not carried_settings(file):
+        _logger.warning(
+            '%s does not say how its inputs were normalised: as for the weights of this package is assumed. The '
+            'authors normalise each time step; timm-smpconv validate --step-statistics measures their weights so.',
+            file,
+        )
 
 
 def class_names(model: nn.Module) -> List[str]:

@@ -9,7 +9,7 @@ from typing import Any, Dict
 
 import yaml
 
-__all__ = ['Recipe', 'field_texts', 'read_recipe', 'recipe_text']
+__all__ = ['Recipe', 'field_texts', 'read_recipe', 'recipe_text', 'same_recipe']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,9 @@ class Recipe:
         opt: Optimizer, one of timm's.
         lr: Learning rate after the warm-up; the radii learn at a tenth of it.
         min_lr: Learning rate at the end of the cosine.
-        warmup_epochs: Epochs of linear warm-up.
+        warmup_epochs: Epochs of linear warm-up, among `epochs`.
+        warmup_prefix: The cosine begins after the warm-up, as in the authors' code; otherwise its first epochs are
+            replaced by the warm-up.
         weight_decay: Weight decay of everything but points, biases and norms.
         clip_grad: Largest norm of the gradient, 0 for no limit.
         drop: Dropout rate within the blocks.
@@ -63,6 +65,7 @@ class Recipe:
     lr: float = 1e-3
     min_lr: float = 1e-6
     warmup_epochs: int = 1
+    warmup_prefix: bool = False
     weight_decay: float = 1e-5
     clip_grad: float = 0.0
     drop: float = 0.0
@@ -125,6 +128,11 @@ class Recipe:
             if not math.isfinite(value) or value < low or (high is not None and value > high):
                 limits = f'at least {low}' if high is None else f'from {low} to {high}'
                 raise ValueError(f'{name} must be {limits}, got {value!r}.')
+        if self.warmup_prefix and self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f'warmup_prefix leaves no epoch for the cosine: epochs must exceed {self.warmup_epochs}, '
+                f'warmup_epochs, got {self.epochs}.'
+            )
         if self.pretrained and self.initial_checkpoint:
             raise ValueError('pretrained and initial_checkpoint both say where to start: give one of them.')
         if self.initial_sample_rate and not self.initial_checkpoint:
@@ -202,3 +210,8 @@ def read_recipe(path: Path) -> Dict[str, Any]:
 def recipe_text(recipe: Recipe) -> str:
     """A recipe with all its fields as YAML."""
     return yaml.safe_dump(dataclasses.asdict(recipe), default_flow_style=None, sort_keys=False, width=math.inf)
+
+
+def same_recipe(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes are the same as YAML, which has no tuples."""
+    return yaml.safe_load(recipe_text(one)) == yaml.safe_load(recipe_text(other))

@@ -59,7 +59,9 @@ class Task:
 def augment_digits(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Augments digits as the reference does: each of four operations with probability 0.5.
 
-    Rotation by up to 30 degrees, shift by up to 2 of 28 pixels, scale 0.75 to 1, and erasing of a 4 x 4 patch.
+    Rotation by up to 30 degrees, shift by up to 2 of 28 pixels, scale 0.75 to 1, and erasing of a 4 x 4 patch, as the
+    authors describe it. Their code takes the nearest pixel, shifts by whole ones, and erases more: 4 / 28 is an area
+    there, a square of 11 x 11 pixels, which gets the mean grey.
 
     Args:
         images: Images with background 0, (B, C, H, W), float.

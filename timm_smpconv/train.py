@@ -31,7 +31,7 @@ from .data import Samples
 from .factory import create_model
 from .models._checkpoint import unwrap_checkpoint
 from .models.smpconv_seq import change_rate
-from .recipe import Recipe, read_recipe, recipe_text
+from .recipe import Recipe, read_recipe, recipe_text, same_recipe
 from .tasks import TASKS, Task, channel_statistics, network_input, signal_input, split
 from .weights import WeightsError
 
@@ -200,11 +200,11 @@ class _Run:
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             'cosine',
-            num_epochs=recipe.epochs,
+            num_epochs=recipe.epochs - (recipe.warmup_epochs if recipe.warmup_prefix else 0),
             warmup_epochs=recipe.warmup_epochs,
             warmup_lr=recipe.min_lr,
             min_lr=recipe.min_lr,
-            warmup_prefix=False,
+            warmup_prefix=recipe.warmup_prefix,
             step_on_epochs=False,
             updates_per_epoch=self.steps_per_epoch,
         )
@@ -244,8 +244,6 @@ class _Run:
             raise ValueError(f'Cannot continue from {path}, it is damaged or no checkpoint: {advice}.') from e
         if version != _CHECKPOINT_VERSION:
             raise ValueError(f'Cannot continue from {path}, which another version of this package wrote: {advice}.')
-        if checkpoint.get('recipe', recipe_text(self.recipe)) != recipe_text(self.recipe):
-            raise ValueError(f'Cannot continue from {path}: it is of a run of another recipe; {advice}.')
         if checkpoint.get('data') != self.data:
             raise ValueError(f'Cannot continue from {path}: it is of a run on other data; {advice}.')
         try:
@@ -265,7 +263,6 @@ class _Run:
             version=_CHECKPOINT_VERSION,
             arch=self.recipe.model,
             data=self.data,
-            recipe=recipe_text(self.recipe),
             state_dict=self.model.state_dict(),
             state_dict_ema=self.ema.module.state_dict() if self.ema else None,
             optimizer=self.optimizer.state_dict(),
@@ -371,7 +368,7 @@ def train(
     samples, held = split(task.load(data_dir, True), recipe, task)
     recipe_path = output / 'recipe.yaml'
     if recipe_path.exists():
-        if recipe_text(Recipe(**read_recipe(recipe_path))) != recipe_text(recipe):  # tuples are lists there
+        if not same_recipe(Recipe(**read_recipe(recipe_path)), recipe):
             raise ValueError(f'{output} holds a run of another recipe ({recipe_path}): choose another output folder.')
     elif (output / 'checkpoint.pt').exists():
         raise ValueError(f'{output} holds a run without its {recipe_path.name}: choose another output folder.')

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from . import store
 from .classes import CLASS_NAMES
 from .data import Samples, speaker_number
-from .predict import check_known, class_names, load_model
+from .predict import check_inputs, check_known, class_names, load_model
 from .tasks import TASKS, stepwise
 from .train import evaluate
 from .weights import training_speakers
@@ -81,23 +81,22 @@ def validate(
 
     Raises:
         ValueError: The model is unknown, weights or data do not fit, or an image cannot be read; or step_statistics for
-            a model whose inputs the authors normalise as this package does.
+            a model whose inputs the authors normalise as this package does, or for weights of this package.
         FileNotFoundError: The data are not there.
         RuntimeError: The model has no weights.
     """
     check_known(name)
     task = TASKS.get(name.partition('.')[0])
-    if step_statistics and not (task and task.stepwise):
-        fitting = ', '.join(known for known, task in TASKS.items() if task.stepwise)
-        raise ValueError(f'Statistics of each time step are for {fitting}, not for {name}.')
+    check_inputs(name, checkpoint_path, step_statistics)
     if task:
         found = task.load(data_dir, False)
         samples = found if checkpoint_path else _unheard(name, found)
         if not len(samples):
             raise ValueError(f'{data_dir} has no test data for {name}.')
-        model = load_model(name, checkpoint_path, as_given=step_statistics)
+        model = load_model(name, checkpoint_path)
         if step_statistics:
             task = stepwise(task, task.load(data_dir, True))
+            model.pretrained_cfg.update(mean=(0.0,), std=(1.0,))
         predictions = evaluate(model, samples, task, progress=progress)
         return Measurement(name, predictions, samples.labels, class_names(model), len(found) - len(samples))
     dataset = _image_folder(name, Path(data_dir))

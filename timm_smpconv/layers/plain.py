@@ -16,7 +16,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module and all its parts are in eval mode and no part has hooks.
+    """Whether a module and all its parts are in eval mode and no part has hooks or a forward of its own.
 
     Otherwise each part has to be called, once and with the whole batch: batch norms in train mode update their
     statistics even if the network around them is in eval mode, and hooks see what goes in and out.

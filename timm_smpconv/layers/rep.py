@@ -121,8 +121,11 @@ class ConvNorm(ConvNormAct):
             return
         _check_eval(self)
         check_part(self, self.conv, nn.Conv2d)
-        if type(self.conv) not in (nn.Conv2d, PointwiseConv2d):  # it pads or quantises by itself
-            raise RuntimeError(f'ConvNorm cannot be reparameterized: its convolution is a {type(self.conv).__name__}.')
+        if type(self.conv).forward not in (nn.Conv2d.forward, PointwiseConv2d.forward):  # it pads or quantises too
+            raise RuntimeError(
+                f'ConvNorm cannot be reparameterized: its convolution is a {type(self.conv).__name__}, which does more '
+                f'than convolve. Put a Conv2d in its place.'
+            )
         old, norm = self.conv, self.bn
         weight, bias = fold_norm_into_previous(old.weight.data, None if old.bias is None else old.bias.data, norm)
         dd = dict(device=old.weight.device, dtype=old.weight.dtype)

@@ -148,14 +148,14 @@ class LargeKernelNet(nn.Module):
             num_classes: Number of classes; 0 removes the classifier.
             global_pool: Pooling; None keeps it, '' removes it.
         """
-        self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
+        self.num_classes = num_classes
         parameter = next(self.parameters())
         self.head.to(device=parameter.device, dtype=parameter.dtype).train(self.training)
-        self.note_head()
+        self._note_head()
 
     @torch.jit.ignore
-    def note_head(self) -> None:
+    def _note_head(self) -> None:
         """Brings `head_hidden_size` up to date: some poolings make more channels of them."""
         pool = getattr(self.head, 'global_pool', None)
         self.head_hidden_size = self.num_features * (pool.feat_mult() if pool is not None else 1)

@@ -76,14 +76,19 @@ def build(
         resolved['file'] = None  # the bundled weights, which timm would prefer
     weights: Optional[Path] = None
     if pretrained:
-        from ..checkpoint import carried_settings  # which, like fetch, knows the models
+        from ..checkpoint import carried_settings, read_checkpoint  # which, like fetch, know the models
         from ..fetch import locate
 
-        weights = locate(f'{variant}.{resolved.get("tag") or ""}'.rstrip('.'), resolved, kwargs.get('cache_dir'))
-        if weights:  # those that were installed by hand may be of inputs that are normalised in another way
+        key = f'{variant}.{resolved.get("tag") or ""}'.rstrip('.')
+        weights = locate(key, resolved, kwargs.get('cache_dir'))
+        # those that were installed by hand may be of inputs that are normalised in another way
+        if weights and not (key in WEIGHTS and weights == bundled_path(key)):
             carried = carried_settings(weights)
             resolved.update({k: carried[k] for k in ('mean', 'std') if k in carried and k not in (overlay or {})})
     loading = {**resolved, 'source': '', 'file': str(weights)} if weights else resolved
+    if pretrained and not (weights or resolved.get('state_dict')) and Path(resolved.get('file') or '').is_file():
+        # timm reads less: the authors' ImageNet files have numbers of numpy in them
+        loading = {**resolved, 'state_dict': read_checkpoint(Path(resolved['file']))}
     model_args: Dict[str, Any] = {}
 
     def construct(**args: Any) -> LargeKernelNet:
@@ -108,6 +113,8 @@ def build(
         **kwargs,
     )
     model.pretrained_cfg.update({key: resolved.get(key) for key in ('first_conv', 'source', 'file')})
+    if 'state_dict' not in resolved:
+        model.pretrained_cfg.pop('state_dict', None)
     return model
 
 

@@ -91,7 +91,8 @@ class PeLKBlock(nn.Module):
     @torch.jit.ignore
     def deploy(self, pos_embed: Optional[torch.Tensor]) -> None:
         """Renders the kernel with the embedding and folds gamma into the last layer, in place."""
-        check_part(self, self.conv, PeripheralConv2d, LargeConv2d)
+        if self.embedded or self.gamma is not None:  # else there is nothing left to fold
+            check_part(self, self.conv, PeripheralConv2d, LargeConv2d)
         if self.gamma is not None:
             check_part(self, self.mlp.fc2, nn.Linear)
             last, gamma = self.mlp.fc2, to_float64(self.gamma.data)
@@ -275,7 +276,7 @@ class PeLK(LargeKernelNet):
         self.head = NormMlpClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=LayerNorm2d, **dd
         )
-        self.note_head()
+        self._note_head()
         self.apply(init_weights)
         if inference_mode:
             self.eval().reparameterize().train()

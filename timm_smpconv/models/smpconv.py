@@ -259,7 +259,7 @@ class SMPConv(LargeKernelNet):
         self.num_features = dims[-1]
         self.norm = AffineNorm(self.num_features, **dd)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.note_head()
+        self._note_head()
         self.apply(init_weights)
         if inference_mode:
             self.eval().reparameterize().train()

@@ -133,7 +133,7 @@ class SMPConvCifar(LargeKernelNet):
         self.stages = nn.Sequential(*stages)
         self.num_features = dims[-1]
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, **dd)
-        self.note_head()
+        self._note_head()
         if num_classes:
             nn.init.kaiming_normal_(self.head.fc.weight)
             nn.init.zeros_(self.head.fc.bias)

@@ -246,7 +246,7 @@ class SMPConvSeq(LargeKernelNet):
         self.stages = nn.Sequential(*stages)
         self.num_features = dim
         self.head = SequenceHead(dim, num_classes, global_pool, **dd)
-        self.note_head()
+        self._note_head()
         if inference_mode:
             self.eval().reparameterize().train()
 

@@ -74,20 +74,16 @@ class _Depthwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        with full_precision(grad):  # a backward pass may be called within autocast
-            return _Depthwise._gradients(ctx, grad)
-
-    @staticmethod
-    def _gradients(ctx, grad: torch.Tensor):
         x, weight = ctx.saved_tensors
         grad_x = grad_w = None
-        if ctx.needs_input_grad[0]:
-            right = [k - 1 - p for k, p in zip(weight.shape[2:], ctx.left)]
-            grad_x = correlate(grad, weight.flip(2, 3), None, right, True)
-        if ctx.needs_input_grad[1]:
-            # the map of gradients is the kernel; one image at a time beats a convolution with batch * channels groups
-            total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-            for image, kernel in zip(x.to(total.dtype).split(1), grad.to(total.dtype).unbind()):
-                total += correlate(image, kernel.unsqueeze(1), None, ctx.left, True).permute(1, 0, 2, 3)
-            grad_w = total.to(weight.dtype)
+        with full_precision(grad):  # a backward pass may be called within autocast
+            if ctx.needs_input_grad[0]:
+                right = [k - 1 - p for k, p in zip(weight.shape[2:], ctx.left)]
+                grad_x = correlate(grad, weight.flip(2, 3), None, right, True)
+            if ctx.needs_input_grad[1]:
+                # the map of gradients is the kernel; one image at a time beats batch * channels groups
+                total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+                for image, kernel in zip(x.to(total.dtype).split(1), grad.to(total.dtype).unbind()):
+                    total += correlate(image, kernel.unsqueeze(1), None, ctx.left, True).permute(1, 0, 2, 3)
+                grad_w = total.to(weight.dtype)
         return grad_x, grad_w, None

@@ -308,7 +308,7 @@ def causal_conv1d(
     if not torch.jit.is_scripting():
         _check('causal_conv1d', x, weight, bias, ndim=3, depthwise=False)
         if not is_exporting():
-            taps = min(weight.shape[2], max(x.shape[2], 1))
+            taps = min(weight.shape[2], max(x.shape[2], 1))  # of an empty sequence too, which _run reports
             return _run(x, weight[..., weight.shape[2] - taps :], bias, (taps - 1,), False, keep)
     return F.conv1d(F.pad(x, [weight.shape[2] - 1, 0]), weight, bias)
 
