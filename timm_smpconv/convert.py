@@ -23,9 +23,9 @@ from .predict import check_known
 from .tasks import TASKS
 from .weights import WEIGHTS
 
-_logger = logging.getLogger(__name__)
-
 __all__ = ['FILES', 'TENSORS_FILE', 'Converted', 'convert', 'write_config']
+
+_logger = logging.getLogger(__name__)
 
 TENSORS_FILE = 'test/rand_tensors.safetensors'
 FILES = ('config.json', WEIGHTS_FILE, 'README.md', TENSORS_FILE)  # of every folder
