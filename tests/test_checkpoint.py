@@ -15,6 +15,9 @@ from synth import FIXTURE_NAMES, randomize_norms, reference_state, relative_erro
 from timm.models import load_checkpoint
 from timm.models._manipulate import reinit_non_persistent_buffers
 
+from timm_smpconv import WeightsError
+from timm_smpconv._files import save_tensors
+from timm_smpconv.checkpoint import read_checkpoint
 from timm_smpconv.layers import SMPKernel
 from timm_smpconv.models.smpconv_seq import change_rate, checkpoint_filter_fn
 from timm_smpconv.predict import load_model
@@ -311,6 +314,53 @@ def test_weights_stay_where_they_are(name):
         adapted = change_rate(checkpoint_filter_fn(state, model), model, 0.5)
     assert {value.device.type for value in adapted.values()} == {'cpu'}
     model.load_state_dict(adapted)
+
+
+def test_a_file_of_the_caller(tmp_path):
+    """Its classifier is kept, unless another one is asked for, and so is what it says of its inputs."""
+    torch.manual_seed(0)
+    state = timm.create_model('smpconv_seq_speech', num_classes=5).state_dict()
+    file, mean = tmp_path / 'a.safetensors', [float(i) for i in range(20)]
+    save_tensors(file, state, dict(architecture='smpconv_seq_speech', mean=mean, std=[2.0] * 20))
+
+    def create(**kwargs):
+        overlay = dict(file=str(file), **kwargs.pop('overlay', {}))
+        return timm.create_model('smpconv_seq_speech', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+
+    model = create(num_classes=5)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    assert tuple(model.pretrained_cfg['mean']) == tuple(mean) and model.pretrained_cfg['num_classes'] == 5
+    assert create(num_classes=7).head.fc.out_features == 7
+    fresh = create(num_classes=5, overlay=dict(num_classes=-1, mean=(1.0,)))  # as train.py --pretrained-path
+    assert not torch.equal(fresh.head.fc.weight, state['head.fc.weight']) and fresh.pretrained_cfg['mean'] == (1.0,)
+    features = create(features_only=True, feature_cls='getter')
+    assert not [m for m in features.modules() if 'state_dict' in getattr(m, 'pretrained_cfg', ())]
+    with pytest.raises(WeightsError, match='says that it is of smpconv_seq_speech, not of smpconv_seq_chartraj'):
+        timm.create_model('smpconv_seq_chartraj', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
+
+
+def test_deployed_weights_are_never_half_loaded(tmp_path):
+    """Nor where another classifier makes timm take what fits."""
+    name, file = 'smpconv_mobile31', tmp_path / 'deployed.pth'
+    torch.save(build(name, inference_mode=True).state_dict(), file)
+    overlay = dict(file=str(file), num_classes=-1)
+    with pytest.raises(
+        RuntimeError, match='do not fit SMPConv .*missing.*unknown.*deployed weights need inference_mode'
+    ):
+        build(name, pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay)
+    assert build(name, pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay, inference_mode=True)
+
+
+def test_globals_of_the_caller_stay(reference):
+    """What somebody has allowed torch to unpickle is still allowed after a checkpoint was read."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals([np.dtype])
+    try:
+        read_checkpoint(reference['smpconv_cifar'][0])
+        assert np.dtype in torch.serialization.get_safe_globals()
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def test_a_checkpoint_of_a_sister_network(tmp_path):

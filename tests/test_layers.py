@@ -7,10 +7,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from synth import randomize_norms, relative_error
+from timm.utils import reparameterize_model
 from torch import nn
 
 from timm_smpconv import ops
-from timm_smpconv.layers import CausalConv1d, LargeConv2d, RepSMPConv1d, RepSMPConv2d, SMPConv1d, SMPConv2d, cache
+from timm_smpconv.layers import (
+    CausalConv1d,
+    LargeConv2d,
+    PeripheralConv2d,
+    RepSMPConv1d,
+    RepSMPConv2d,
+    SMPConv1d,
+    SMPConv2d,
+    SMPKernel,
+    cache,
+    no_weight_decay,
+)
 from timm_smpconv.ops import dft, fft
 
 
@@ -191,6 +203,38 @@ def test_drop_in_for_torch():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_layers_of_other_networks_deploy(bias):
+    """timm.utils.reparameterize_model makes plain convolutions of them."""
+    net = nn.Sequential(
+        SMPConv2d(1, 4, 9, bias=bias),
+        SMPConv2d(4, 4, 9, groups=4, bias=bias),
+        PeripheralConv2d(4, 4, 9, groups=4, bias=bias),
+        nn.Flatten(2),
+        SMPConv1d(4, 2, 16, bias=bias),
+    ).eval()
+    for module in net:
+        if bias and hasattr(module, 'bias'):
+            nn.init.normal_(module.bias)
+    x = torch.randn(2, 1, 6, 5)
+    deployed = reparameterize_model(net)
+    with torch.no_grad():
+        assert relative_error(deployed(x), net(x)) < 1e-5
+    kinds = [type(m) for m in deployed]
+    assert kinds == [LargeConv2d, LargeConv2d, LargeConv2d, nn.Flatten, CausalConv1d]
+    assert all((module.bias is not None) == bias for module in deployed if hasattr(module, 'bias'))
+    trained = {id(p) for p in net.parameters()} | {p.data_ptr() for p in net.parameters()}
+    assert not any(id(p) in trained or p.data_ptr() in trained for p in deployed.parameters())
+
+
+def test_weight_decay_of_other_networks():
+    net = nn.ModuleDict(dict(a=SMPConv2d(1, 4, 9), b=nn.Sequential(SMPConv1d(4, 2, 16)), c=nn.Linear(2, 2)))
+    exempt = no_weight_decay(net)
+    assert exempt == {f'{part}.kernel.{key}' for part in ('a', 'b.0') for key in ('coords', 'radius_offset')}
+    assert exempt <= {name for name, _ in net.named_parameters()}
+    assert no_weight_decay(SMPKernel(1, 2, 5)) == {'coords', 'radius_offset'}
 
 
 def test_eval_folds_and_follows_every_change():

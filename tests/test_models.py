@@ -327,6 +327,32 @@ def test_grad_checkpointing_recomputes(name, model, x):
     assert len(calls) >= 2 * forward - 1  # the stem is not recomputed
 
 
+@pytest.mark.parametrize('feature_cls', ['list', 'getter', 'hook'])
+def test_weight_decay_of_feature_maps(name, feature_cls):
+    """What holds for the classifier holds for its feature maps."""
+    model = copy.deepcopy(build(name, features_only=True, feature_cls=feature_cls))
+    plain = build(name, device='meta')
+    decayed = {id(p) for group in create_optimizer_v2(model, 'adamw', weight_decay=0.1).param_groups
+               if group['weight_decay'] for p in group['params']}  # fmt: skip
+    exempt = [p for key, p in model.named_parameters() if key.endswith(('coords', 'radius_offset', 'pos_embed'))]
+    assert exempt and not any(id(p) in decayed for p in exempt)
+    assert len(exempt) <= len(plain.no_weight_decay()) and len(decayed) > 3
+    assert timm.utils.reparameterize_model(model.eval()).no_weight_decay is not None
+
+
+@pytest.mark.parametrize('name', ['smpconv_tiny', 'smpconv_cifar', 'smpconv_seq_cifar', 'pelk_tiny'])
+def test_construction_on_meta(name):
+    """As sharded training begins: memory, then every module draws its own parameters anew."""
+    model = build(name, device='meta').to_empty(device='cpu')
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(float('nan') if tensor.is_floating_point() else 0)
+    for module in model.modules():
+        if hasattr(module, 'reset_parameters'):
+            module.reset_parameters()
+    assert not [key for key, value in model.state_dict().items() if not value.isfinite().all()]
+
+
 def test_no_weight_decay(name):
     model = build(name, device='meta')
     names = dict(model.named_parameters())

@@ -395,6 +395,7 @@ class TestUseBackend:
         x = torch.zeros(1, 4, 8, 8, requires_grad=grad)
         weight = torch.zeros(4, 1 if depthwise else 4, taps, taps)
         assert ops.choose_backend(x, weight, (taps // 2, taps // 2), depthwise) in BACKENDS
+        assert ops.choose_backend(x, weight, (taps // 2, taps // 2), depthwise, device='mps') == 'direct'
 
 
 # docs/backends.md: channels in, out (0: depthwise), map, taps, then the choice for inference and training at batch 8

@@ -83,7 +83,8 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
         return dict(state_dict=tensors, arch=architecture) if isinstance(architecture, str) else tensors
     _check_archive(path)
     try:
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+        known = torch.serialization.get_safe_globals()  # the context would remove those of the user at its end
+        with torch.serialization.safe_globals([item for item in _SAFE_GLOBALS if item not in known]):
             # a file object: given a name, torch goes by its suffix
             with path.open('rb') as f:
                 checkpoint = torch.load(f, map_location='cpu', weights_only=True)

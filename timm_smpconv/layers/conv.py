@@ -198,8 +198,15 @@ class SMPConv2d(DropsCaches):
             device=device,
             dtype=dtype,
         )
-        self.bias = nn.Parameter(torch.zeros(out_chs, device=device, dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(torch.empty(out_chs, device=device, dtype=dtype)) if bias else None
         self._kept = KernelCache()
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Sets the bias to zero; the kernel has a method of its own."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, H, W) -> (B, out_chs, H, W)."""
@@ -212,6 +219,16 @@ class SMPConv2d(DropsCaches):
     def to_conv(self, weight: torch.Tensor) -> nn.Module:
         """A plain convolution of the same shape, with the given dense kernel and a bias to be filled in."""
         return _large_conv(weight, self.depthwise)
+
+    @torch.jit.unused
+    def fuse(self) -> nn.Module:
+        """The equivalent plain convolution, with a dense kernel; `timm.utils.reparameterize_model` puts it in place."""
+        with torch.no_grad():
+            weight = self.kernel()
+            conv = _large_conv(weight, self.depthwise, bias=self.bias is not None)
+            if self.bias is not None:
+                conv.bias.data = self.bias.to(weight, copy=True)
+        return conv.train(self.training)
 
 
 @register_notrace_module
@@ -268,8 +285,15 @@ class SMPConv1d(DropsCaches):
             device=device,
             dtype=dtype,
         )
-        self.bias = nn.Parameter(torch.zeros(out_chs, device=device, dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(torch.empty(out_chs, device=device, dtype=dtype)) if bias else None
         self._kept = KernelCache()
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Sets the bias to zero; the kernel has a method of its own."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, L) -> (B, out_chs, L)."""
@@ -279,10 +303,17 @@ class SMPConv1d(DropsCaches):
 
     def to_conv(self, weight: torch.Tensor) -> nn.Module:
         """A plain convolution of the same shape, with the given dense kernel and a bias to be filled in."""
-        out_chs, in_chs, taps = weight.shape
-        conv = skip_init(CausalConv1d, in_chs, out_chs, taps, device=weight.device, dtype=weight.dtype)
-        conv.weight.data = weight
-        return conv
+        return _causal_conv(weight)
+
+    @torch.jit.unused
+    def fuse(self) -> nn.Module:
+        """The equivalent plain convolution, with a dense kernel; `timm.utils.reparameterize_model` puts it in place."""
+        with torch.no_grad():
+            weight = self.kernel()
+            conv = _causal_conv(weight, bias=self.bias is not None)
+            if self.bias is not None:
+                conv.bias.data = self.bias.to(weight, copy=True)
+        return conv.train(self.training)
 
 
 @register_notrace_module
@@ -336,8 +367,15 @@ class PeripheralConv2d(DropsCaches):
             device=device,
             dtype=dtype,
         )
-        self.bias = nn.Parameter(torch.zeros(out_chs, device=device, dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(torch.empty(out_chs, device=device, dtype=dtype)) if bias else None
         self._kept = KernelCache()
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Sets the bias to zero; the kernel has a method of its own."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor, pos_embed: Optional[torch.Tensor] = None) -> torch.Tensor:
         """(B, in_chs, H, W), and the embedding (in_chs, k, k) or None -> (B, out_chs, H, W)."""
@@ -369,6 +407,14 @@ class PeripheralConv2d(DropsCaches):
             if bias is not None:
                 conv.bias.data = bias.to(weight)
         return conv.train(self.training)
+
+
+def _causal_conv(weight: torch.Tensor, bias: bool = True) -> CausalConv1d:
+    """A plain causal convolution with the given dense kernel, and a bias to be filled in."""
+    out_chs, in_chs, taps = weight.shape
+    conv = skip_init(CausalConv1d, in_chs, out_chs, taps, bias=bias, device=weight.device, dtype=weight.dtype)
+    conv.weight.data = weight
+    return conv
 
 
 def _large_conv(weight: torch.Tensor, depthwise: bool, bias: bool = True) -> LargeConv2d:

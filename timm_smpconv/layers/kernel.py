@@ -1,7 +1,7 @@
 """Continuous convolution kernels rendered from self-moving points (SMPConv, CVPR 2023)."""
 
 import math
-from typing import Hashable, List, Optional, Sequence, Tuple, Union
+from typing import Hashable, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from torch import nn
@@ -172,7 +172,8 @@ class SMPKernel(DropsCaches):
         if not (self.learn_radius or self.radius_offset.requires_grad):  # frozen, and not unfrozen since
             return
         if not torch.jit.is_scripting():
-            if type(self.radius_offset.detach()) is not torch.Tensor:
+            offset = self.radius_offset
+            if type(offset.detach()) is not torch.Tensor or offset.shape != self.base_radius.shape:
                 return
         with torch.no_grad():
             low = (self.min_radius - self.base_radius) / self.radius_lr_scale
@@ -346,6 +347,21 @@ class SMPKernel(DropsCaches):
             f'{self.in_chs}, {self.out_chs}, kernel_size={tuple(self.kernel_size)}, num_points={self.num_points}, '
             f'shared_points={self.shared_points}, normalize={self.normalize}'
         )
+
+
+def no_weight_decay(module: nn.Module) -> Set[str]:
+    """Names of the parameters in a module that must not decay: coordinates and radii of points, positional embeddings.
+
+    For an optimizer of timm: a network that has these layers returns it from a method of this name.
+    """
+    names = set()
+    for name, part in module.named_modules():
+        prefix = f'{name}.' if name else ''
+        if isinstance(part, SMPKernel):
+            names |= {f'{prefix}coords', f'{prefix}radius_offset'}
+        if isinstance(getattr(part, 'pos_embed', None), nn.Parameter):
+            names.add(f'{prefix}pos_embed')
+    return names
 
 
 def _look_near(

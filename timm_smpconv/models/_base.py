@@ -9,7 +9,7 @@ from timm.models._features import feature_take_indices
 from timm.utils import reparameterize_model
 from torch import nn
 
-from ..layers import SMPKernel, is_foldable, norm_to_conv
+from ..layers import is_foldable, no_weight_decay, norm_to_conv
 
 __all__ = ['LargeKernelNet', 'check_input', 'check_stages', 'init_weights']
 
@@ -106,13 +106,8 @@ class LargeKernelNet(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        """Names of the coordinates and radii of all points."""
-        return {
-            f'{name}.{parameter}'
-            for name, module in self.named_modules()
-            if isinstance(module, SMPKernel)
-            for parameter in ('coords', 'radius_offset')
-        }
+        """Names of the coordinates and radii of all points, and of positional embeddings."""
+        return no_weight_decay(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:

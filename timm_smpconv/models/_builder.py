@@ -1,12 +1,15 @@
 """Construction of models and their pretrained configurations from the table of weights."""
 
+import functools
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple, Type
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from torch import nn
 
+from ..layers import no_weight_decay
 from ..weights import WEIGHTS, bundled_path
 from ._base import LargeKernelNet
 
@@ -70,25 +73,32 @@ def build(
     Raises:
         WeightsError: There are no weights to load.
     """
-    overlay = kwargs.pop('pretrained_cfg_overlay', None)
+    overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
     resolved = resolve_pretrained_cfg(variant, kwargs.pop('pretrained_cfg', None), overlay).to_dict()
-    if overlay and 'file' not in overlay and (overlay.get('url') or overlay.get('hf_hub_id')):
+    if 'file' not in overlay and (overlay.get('url') or overlay.get('hf_hub_id')):
         resolved['file'] = None  # the bundled weights, which timm would prefer
-    weights: Optional[Path] = None
+    checkpoint: Optional[Dict[str, Any]] = None
+    loading = {
+        **resolved,
+        'first_conv': None,
+    }  # filter_fn adapts it: timm can for Conv2d weights of three channels only
     if pretrained:
-        from ..checkpoint import carried_settings, read_checkpoint  # which, like fetch, know the models
+        from ..checkpoint import carried_settings, check_architecture, read_checkpoint  # which, like fetch, know models
         from ..fetch import locate
 
         key = f'{variant}.{resolved.get("tag") or ""}'.rstrip('.')
-        weights = locate(key, resolved, kwargs.get('cache_dir'))
-        # those that were installed by hand may be of inputs that are normalised in another way
-        if weights and not (key in WEIGHTS and weights == bundled_path(key)):
-            carried = carried_settings(weights)
-            resolved.update({k: carried[k] for k in ('mean', 'std') if k in carried and k not in (overlay or {})})
-    loading = {**resolved, 'source': '', 'file': str(weights)} if weights else resolved
-    if pretrained and not (weights or resolved.get('state_dict')) and Path(resolved.get('file') or '').is_file():
-        # timm reads less: the authors' ImageNet files have numbers of numpy in them
-        loading = {**resolved, 'state_dict': read_checkpoint(Path(resolved['file']))}
+        file = locate(key, resolved, kwargs.get('cache_dir'))
+        if file is None and not resolved.get('state_dict') and Path(resolved.get('file') or '').is_file():
+            file = Path(resolved['file'])  # of the caller
+        if file is not None:
+            # timm reads less: the authors' ImageNet files have numbers of numpy in them
+            checkpoint = read_checkpoint(file)
+            check_architecture(checkpoint, variant, str(file))
+            if not (key in WEIGHTS and file == bundled_path(key)):  # inputs may be normalised in another way
+                carried = carried_settings(file, None, checkpoint)
+                resolved.update({k: carried[k] for k in ('mean', 'std') if k in carried and k not in overlay})
+            # not the checkpoint itself, which timm would copy with the configuration, but something for `load`
+            loading = {**loading, **resolved, 'first_conv': None, 'source': '', 'file': '', 'state_dict': {'': None}}
     model_args: Dict[str, Any] = {}
 
     def construct(**args: Any) -> LargeKernelNet:
@@ -96,17 +106,22 @@ def build(
         return model_cls(**args)
 
     def load(state_dict: Dict[str, Any], model: LargeKernelNet) -> Dict[str, torch.Tensor]:
-        state_dict = filter_fn(state_dict, model)
+        state_dict = filter_fn(state_dict if checkpoint is None else checkpoint, model)
+        if 'file' in overlay and 'num_classes' not in overlay and 'head.fc.weight' in state_dict:
+            model.pretrained_cfg['num_classes'] = len(
+                state_dict['head.fc.weight']
+            )  # by which timm keeps the classifier
         if model_args.get('inference_mode') and any(key.endswith('.kernel.weights') for key in state_dict):
             return _deploy(state_dict, model_cls, model_args)
+        if kwargs.get('pretrained_strict', True):
+            _check_complete(state_dict, model)
         return state_dict
 
     model = build_model_with_cfg(
         construct,
         variant,
         pretrained,
-        # the filter function adapts first layers: timm knows how to for Conv2d weights of three channels only
-        pretrained_cfg={**loading, 'first_conv': None},
+        pretrained_cfg=loading,
         pretrained_filter_fn=load,
         feature_cfg=dict(out_indices=tuple(range(num_stages)), flatten_sequential=True),
         kwargs_filter=('img_size',),  # passed by timm for a fixed input size; networks take kernel_size
@@ -114,8 +129,32 @@ def build(
     )
     model.pretrained_cfg.update({key: resolved.get(key) for key in ('first_conv', 'source', 'file')})
     if 'state_dict' not in resolved:
-        model.pretrained_cfg.pop('state_dict', None)
+        for part in (model, getattr(model, 'model', model)):  # a wrapper that keeps the whole network, and that
+            part.pretrained_cfg.pop('state_dict', None)
+    if not isinstance(model, model_cls):  # feature maps; timm's optimizers ask for this
+        model.no_weight_decay = functools.partial(no_weight_decay, model)
     return model
+
+
+def _check_complete(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Checks that weights are of this form of a network, but for its classifier: timm does not if that is replaced.
+
+    Raises:
+        RuntimeError: Keys are missing or left over.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key not in state_dict and not key.startswith('head.fc.')]
+    unknown = [key for key in state_dict if key not in own and not key.startswith('head.fc.')]
+    if missing or unknown:
+        named = '; '.join(
+            f'{len(keys)} {what}: {", ".join(keys[:3])}' + (' ...' if len(keys) > 3 else '')
+            for what, keys in (('missing', missing), ('unknown', unknown))
+            if keys
+        )
+        raise RuntimeError(
+            f'The weights do not fit {type(model).__name__} with these arguments ({named}): deployed weights need '
+            f'inference_mode=True, those of another network its arguments.'
+        )
 
 
 def _deploy(

@@ -7,7 +7,7 @@ dynamic sparsity of SLaK (1.3 times as wide, 40 % of the large kernels zero), wh
 these are the dense networks at ConvNeXt's widths.
 """
 
-from typing import Any, Dict, List, Optional, Sequence, Set, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import torch
 from timm.layers import (
@@ -85,8 +85,16 @@ class PeLKBlock(nn.Module):
         )
         self.norm = LayerNorm(dim, eps=1e-6, **dd)
         self.mlp = Mlp(dim, self.hidden_dim, act_layer=nn.GELU, **dd)
-        self.gamma = nn.Parameter(torch.full((dim,), ls_init_value, **dd)) if ls_init_value else None
+        self.ls_init_value = ls_init_value
+        self.gamma = nn.Parameter(torch.empty(dim, **dd)) if ls_init_value else None
+        self.reset_parameters()
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Sets the layer scale, which belongs to no part, to its first value."""
+        if self.gamma is not None:
+            nn.init.constant_(self.gamma, self.ls_init_value)
 
     @torch.jit.ignore
     def deploy(self, pos_embed: Optional[torch.Tensor]) -> None:
@@ -180,6 +188,12 @@ class PeLKStage(nn.Module):
         self.pos_embed = None
         if pos_embed and depth:
             self.pos_embed = nn.Parameter(torch.empty(self.blocks[0].num_conv, kernel_size, kernel_size, **dd))
+            self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Draws a new positional embedding, which belongs to no part."""
+        if self.pos_embed is not None:
             trunc_normal_(self.pos_embed, std=0.02)
 
     @torch.jit.ignore
@@ -280,11 +294,6 @@ class PeLK(LargeKernelNet):
         self.apply(init_weights)
         if inference_mode:
             self.eval().reparameterize().train()
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        """Names of the positional embeddings."""
-        return {name for name, _ in self.named_parameters() if name.endswith('.pos_embed')}
 
     @torch.jit.ignore
     def prune_intermediate_layers(

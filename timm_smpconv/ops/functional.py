@@ -122,6 +122,8 @@ def choose_backend(
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if device == 'cuda':
         return (_choose_on_gpu if depthwise else _choose_dense_on_gpu)(x, weight, left, trained)
+    if device not in ('cpu', 'meta'):  # nothing is known of their Fourier transforms, in time or in numbers
+        return 'direct'
     batch, out_chs, in_chs = max(x.shape[0], 1), weight.shape[0], weight.shape[1]
     shape, taps = x.shape[2:], weight.shape[2:]
     maps = 2 * out_chs if depthwise else x.shape[1] + out_chs
