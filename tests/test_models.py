@@ -267,15 +267,6 @@ def test_poolings_that_make_more_channels(name):
     assert model.head_hidden_size == model.num_features and model(x).shape[1] == 3
 
 
-def test_no_classifier_without_pooling():
-    model = build('smpconv_seq_mnist', num_classes=0, global_pool='')
-    with pytest.raises(ValueError, match='leaves nothing to classify'):
-        model.reset_classifier(5)
-    assert model.num_classes == 0
-    model.reset_classifier(5, 'last')
-    assert model(make_input('smpconv_seq_mnist')).shape[1] == 5
-
-
 @pytest.mark.parametrize('size', [14, (14, 14)])
 def test_permuted_images_of_another_size(size):
     assert len(timm.create_model('smpconv_seq_pmnist', img_size=size, depth=1).stem.permute.permutation) == 196

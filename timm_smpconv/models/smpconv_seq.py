@@ -143,12 +143,12 @@ class SequenceHead(nn.Module):
         Raises:
             ValueError: An unknown pooling, or a classifier together with the pooling ''.
         """
-        pool_type = self.pool_type if pool_type is None else pool_type
-        if pool_type not in ('last', 'avg', ''):
-            raise ValueError(f"global_pool must be 'last', 'avg' or '' (none), got {pool_type!r}.")
-        if num_classes and not pool_type:
-            raise ValueError(f"global_pool='' leaves nothing to classify: use num_classes=0, got {num_classes}.")
-        self.pool_type = pool_type
+        if pool_type is not None:
+            if pool_type not in ('last', 'avg', ''):
+                raise ValueError(f"global_pool must be 'last', 'avg' or '' (none), got {pool_type!r}.")
+            if num_classes and not pool_type:
+                raise ValueError(f"global_pool='' leaves nothing to classify: use num_classes=0, got {num_classes}.")
+            self.pool_type = pool_type
         self.fc: nn.Module = nn.Identity()
         if num_classes:
             self.fc = nn.Linear(self.in_features, num_classes)
