@@ -388,7 +388,7 @@ def test_other_recipe_in_the_same_folder(data_dir, tmp_path):
     'fields,message',
     [
         (dict(model='smpconv_cifar'), r"timm's own train.py trains smpconv_cifar: recipes/smpconv_cifar.yaml"),
-        (dict(noise=0.1), 'noise=0.1 has no effect on smpconv_seq_mnist, which knows augment, val_images'),
+        (dict(noise=0.1), 'noise=0.1 has no effect on smpconv_seq_mnist, which knows augment, erase_size, val_images'),
         (dict(model='smpconv_seq_speech_raw', freq_mask=3), 'freq_mask=3 has no effect'),
         (dict(sample_rate=4000), 'sample_rate=4000 has no effect'),
         (dict(val_images=22), 'Of 25 training samples 22 are held out'),
@@ -487,6 +487,17 @@ def test_augment_digits():
     # the centre of mass moves by at most 2 pixels and what rotation and erasing add
     rows = (augmented.sum((1, 3)) * torch.arange(28)).sum(1) / augmented.sum((1, 2, 3))
     assert (rows - 13.5).abs().max() < 4 and (rows - 13.5).abs().mean() > 0.2
+
+
+@pytest.mark.parametrize('size', [0, 4, 11, 28])
+def test_erased_squares(size):
+    """Of half of the images, at any place."""
+    images = torch.ones(400, 1, 28, 28)
+    augmented = augment_digits(images, torch.Generator().manual_seed(0), size)
+    lost = (augment_digits(images, torch.Generator().manual_seed(0), 0) - augmented)[:, 0] > 0.5
+    count = lost.flatten(1).sum(1)
+    assert count.max() == size**2 and (size == 0 or 0.35 < (count > 0).float().mean() < 0.65)
+    assert lost[:, 14:, 14:].any() == lost[:, :14, :14].any() == (size > 0)
 
 
 def _augmented(waves, **fields):

@@ -41,6 +41,7 @@ class Recipe:
         task_loss_weight: Share of the labels where there is a teacher, whose share is the rest.
         model_ema_decay: Decay of the weight average that is evaluated and kept, 0 for none.
         augment: MNIST: rotate, shift, scale and erase the training images.
+        erase_size: MNIST: side of the square that `augment` erases, in pixels; the authors' code erases 11.
         time_shift: Speech: shift by up to so many seconds.
         speed: Speech: play faster or slower by up to this fraction.
         gain: Speech: amplify or attenuate by up to so many decibels.
@@ -80,6 +81,7 @@ class Recipe:
     task_loss_weight: float = 0.5
     model_ema_decay: float = 0.999
     augment: bool = True
+    erase_size: int = 4
     time_shift: float = 0.0
     speed: float = 0.0
     gain: float = 0.0
@@ -111,6 +113,7 @@ class Recipe:
             ('mixup', 0, None),
             ('task_loss_weight', 0, 1),
             ('model_ema_decay', 0, 1),
+            ('erase_size', 0, 28),
             ('time_shift', 0, 1),
             ('speed', 0, 0.9),
             ('gain', 0, 60),

@@ -56,16 +56,17 @@ class Task:
     stepwise: bool = False
 
 
-def augment_digits(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def augment_digits(images: torch.Tensor, generator: torch.Generator, erase_size: int = 4) -> torch.Tensor:
     """Augments digits as the reference does: each of four operations with probability 0.5.
 
-    Rotation by up to 30 degrees, shift by up to 2 of 28 pixels, scale 0.75 to 1, and erasing of a 4 x 4 patch, as the
-    authors describe it. Their code takes the nearest pixel, shifts by whole ones, and erases more: 4 / 28 is an area
-    there, a square of 11 x 11 pixels, which gets the mean grey.
+    Rotation by up to 30 degrees, shift by up to 2 of 28 pixels, scale 0.75 to 1, and erasing of a square, of 4 x 4
+    pixels as the authors describe it. Their code takes the nearest pixel, shifts by whole ones, and erases more: 4 / 28
+    is an area there, a square of 11 x 11 pixels, which gets the mean grey.
 
     Args:
         images: Images with background 0, (B, C, H, W), float.
         generator: Source of all randomness.
+        erase_size: Side of the square, in pixels, up to that of the images.
 
     Returns:
         Augmented images of the same shape.
@@ -85,11 +86,11 @@ def augment_digits(images: torch.Tensor, generator: torch.Generator) -> torch.Te
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, align_corners=False)
 
-    top = torch.randint(0, height - 3, (count, 1, 1), generator=generator)
-    left = torch.randint(0, width - 3, (count, 1, 1), generator=generator)
+    top = torch.randint(0, height - erase_size + 1, (count, 1, 1), generator=generator)
+    left = torch.randint(0, width - erase_size + 1, (count, 1, 1), generator=generator)
     erase = torch.rand(count, 1, 1, generator=generator) < 0.5
     rows, cols = torch.arange(height).reshape(1, -1, 1), torch.arange(width).reshape(1, 1, -1)
-    patch = erase & (rows >= top) & (rows < top + 4) & (cols >= left) & (cols < left + 4)
+    patch = erase & (rows >= top) & (rows < top + erase_size) & (cols >= left) & (cols < left + erase_size)
     return images.masked_fill(patch.unsqueeze(1), 0.0)
 
 
@@ -153,7 +154,7 @@ def mask_spectrogram(spectrogram: torch.Tensor, recipe: Recipe, generator: torch
 
 def _digits(raw: torch.Tensor, recipe: Optional[Recipe], generator: Optional[torch.Generator]) -> torch.Tensor:
     images = raw.float() / 255
-    return augment_digits(images, generator) if recipe is not None and recipe.augment else images
+    return augment_digits(images, generator, recipe.erase_size) if recipe is not None and recipe.augment else images
 
 
 def _waves(raw: torch.Tensor, recipe: Optional[Recipe], generator: Optional[torch.Generator]) -> torch.Tensor:
@@ -188,7 +189,7 @@ def _trajectories(raw: torch.Tensor, recipe: Optional[Recipe], generator: Option
 _WAVE_OPTIONS = frozenset({'time_shift', 'speed', 'gain', 'noise', 'val_percent'})
 _RAW_OPTIONS = _WAVE_OPTIONS | {'sample_rate', 'initial_sample_rate'}
 _MFCC_OPTIONS = _WAVE_OPTIONS | {'time_mask', 'freq_mask', 'masks'}
-_MNIST = Task(load_mnist, _digits, _as_they_are, False, frozenset({'augment', 'val_images'}))
+_MNIST = Task(load_mnist, _digits, _as_they_are, False, frozenset({'augment', 'erase_size', 'val_images'}))
 
 TASKS: Dict[str, Task] = {
     'smpconv_seq_mnist': _MNIST,
