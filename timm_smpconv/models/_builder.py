@@ -78,10 +78,8 @@ def build(
     if 'file' not in overlay and (overlay.get('url') or overlay.get('hf_hub_id')):
         resolved['file'] = None  # the bundled weights, which timm would prefer
     checkpoint: Optional[Dict[str, Any]] = None
-    loading = {
-        **resolved,
-        'first_conv': None,
-    }  # filter_fn adapts it: timm can for Conv2d weights of three channels only
+    # filter_fn adapts first layers: timm knows how to for Conv2d weights of three channels only
+    loading = {**resolved, 'first_conv': None}
     if pretrained:
         from ..checkpoint import carried_settings, check_architecture, read_checkpoint  # which, like fetch, know models
         from ..fetch import locate
@@ -108,9 +106,8 @@ def build(
     def load(state_dict: Dict[str, Any], model: LargeKernelNet) -> Dict[str, torch.Tensor]:
         state_dict = filter_fn(state_dict if checkpoint is None else checkpoint, model)
         if 'file' in overlay and 'num_classes' not in overlay and 'head.fc.weight' in state_dict:
-            model.pretrained_cfg['num_classes'] = len(
-                state_dict['head.fc.weight']
-            )  # by which timm keeps the classifier
+            # by which timm decides whether to keep the classifier
+            model.pretrained_cfg['num_classes'] = len(state_dict['head.fc.weight'])
         if model_args.get('inference_mode') and any(key.endswith('.kernel.weights') for key in state_dict):
             return _deploy(state_dict, model_cls, model_args)
         if kwargs.get('pretrained_strict', True):
