@@ -25,7 +25,8 @@ Keep = Callable[[Hashable, int, Callable[[], Any]], Any]
 
 def full_precision(x: torch.Tensor) -> ContextManager[None]:
     """A context without autocast on the device of x."""
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # meta has none
+    kind = x.device.type  # torch 2.6 does not compile a question like is_meta in a backward pass
+    return contextlib.nullcontext() if kind == 'meta' else torch.autocast(kind, enabled=False)  # meta has none
 
 
 def to_float64(x: torch.Tensor) -> torch.Tensor:
