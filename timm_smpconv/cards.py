@@ -6,6 +6,7 @@ from torch import nn
 
 from .catalog import describe_models
 from .classes import CLASS_NAMES
+from .tasks import TASKS
 from .weights import WEIGHTS, Weights, hub_repo, wilson
 
 __all__ = ['PLACEHOLDER', 'evaluation_table', 'file_table', 'model_card', 'model_table', 'replace_section']
@@ -69,10 +70,6 @@ _NOT_FOR = {
     'ct': 'identification of writers or reading of documents: it knows twenty letters from one writer',
     'in1k': 'decisions about people, or anything where a mistake does harm: it has the biases of ImageNet',
 }
-
-
-# the authors' networks want other inputs there
-_STEPWISE = ('sc', 'sc_raw', 'ct')
 
 
 def model_table() -> str:
@@ -275,7 +272,8 @@ def model_card(
         f'Not for {_NOT_FOR.get(tag, "use without a test on data of your own")}.',
         'There is no class for "none of these", and the probabilities are not calibrated.',
     ]
-    if tag in _STEPWISE and not (weights is not None and weights.bundled and known):
+    fed = TASKS.get(architecture)
+    if fed and fed.stepwise and not (weights is not None and weights.bundled and known):
         lines += [
             "The authors' own networks for these data want inputs that are normalised in each time step, with "
             'statistics of the training data that their files lack; `timm-smpconv validate --step-statistics` measures '
