@@ -478,6 +478,10 @@ def test_weights_that_do_not_say_their_normalisation(capsys, caplog, tmp_path, d
     assert status == 2 and 'leave out step_statistics' in err
     status, _, err = run(capsys, 'validate', '--data', data, '--step-statistics')
     assert status == 2 and 'not for smpconv_seq_mnist' in err
+    weights.write_bytes(b'no checkpoint')
+    for command in (arguments, ['predict', '--model', 'smpconv_seq_speech', 'a.wav', '--checkpoint-path', weights]):
+        status, _, err = run(capsys, *command)
+        assert status == 2 and 'Cannot load' in err and err.count('\n') == 1
 
 
 def test_validate_counts(tmp_path, data):

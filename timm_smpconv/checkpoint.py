@@ -210,15 +210,14 @@ def carried_settings(
     return {**found, **numbers}
 
 
-def records_settings(path: Path, checkpoint: Optional[Dict[str, Any]] = None) -> bool:
+def records_settings(path: Path) -> bool:
     """Whether weights are of this package's own training, which knows how their inputs were normalised.
 
-    Args:
-        path: File of weights, of any format.
-        checkpoint: What `read_checkpoint` has read of it already.
+    Raises:
+        CheckpointError: The file cannot be read.
     """
     try:
-        return bool(_recorded(path, checkpoint) or _of_the_table(path))
+        return bool(_recorded(path, None) or _of_the_table(path))
     except (TypeError, ValueError, RecursionError, SafetensorError, OSError):  # written by somebody else
         return False
 

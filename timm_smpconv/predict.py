@@ -16,7 +16,13 @@ from torch import nn
 from . import store
 from .audio import load_second
 from .catalog import model_names
-from .checkpoint import carried_settings, check_architecture, read_checkpoint, records_settings
+from .checkpoint import (
+    CheckpointError,
+    carried_settings,
+    check_architecture,
+    read_checkpoint,
+    records_settings,
+)
 from .classes import CLASS_NAMES
 from .tasks import TASKS, network_input
 from .weights import WEIGHTS, bundled_path
@@ -173,12 +179,16 @@ def check_inputs(name: str, checkpoint_path: Optional[Union[str, Path]] = None, 
     file = file or store.find(key)
     if file is None or not file.is_file():
         return
-    if step_statistics and records_settings(file):
+    try:
+        said, own = bool(carried_settings(file)), records_settings(file)
+    except CheckpointError:  # of which loading it says more
+        return
+    if step_statistics and own:
         raise ValueError(
             f'{file} says how its inputs were normalised, since it is of the training of this package: leave out '
             f"step_statistics, which is for the authors' weights."
         )
-    if not step_statistics and not carried_settings(file):
+    if not step_statistics and not said:
         _logger.warning(
             '%s does not say how its inputs were normalised: as for the weights of this package is assumed. The '
             'authors normalise each time step; timm-smpconv validate --step-statistics measures their weights so.',

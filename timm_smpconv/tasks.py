@@ -233,15 +233,21 @@ def split(samples: Samples, recipe: Recipe, task: Task) -> Tuple[Samples, Sample
     return samples[~held], samples[held]
 
 
-def channel_statistics(samples: Samples, task: Task, batch_size: int = 256) -> Tuple[List[float], List[float]]:
-    """Mean and standard deviation of each channel of the network's input, over all samples and steps."""
+def _moments(samples: Samples, task: Task, dim: int, batch_size: int) -> Tuple[int, torch.Tensor, torch.Tensor]:
+    """Number of values, mean and variance of the features at each place of a dimension, over all others."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for raw in samples.inputs.split(batch_size):
-        x = task.features(task.signal(raw, None, None), None, None).double().transpose(0, 1).flatten(1)
+        x = task.features(task.signal(raw, None, None), None, None).double().transpose(0, dim).flatten(1)
         count += x.shape[1]
         total, squares = total + x.sum(1), squares + x.square().sum(1)
     mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0.0).sqrt().clamp(min=1e-6)
+    return count, mean, (squares / count - mean.square()).clamp(min=0.0)
+
+
+def channel_statistics(samples: Samples, task: Task, batch_size: int = 256) -> Tuple[List[float], List[float]]:
+    """Mean and standard deviation of each channel of the network's input, over all samples and steps."""
+    _, mean, variance = _moments(samples, task, 1, batch_size)
+    std = variance.sqrt().clamp(min=1e-6)
     # few digits, so that a file of text carries exactly what the network was trained with
     return [float(f'{value:.6g}') for value in mean.tolist()], [float(f'{value:.6g}') for value in std.tolist()]
 
@@ -260,13 +266,8 @@ def stepwise(task: Task, samples: Samples, batch_size: int = 256) -> Task:
     Returns:
         The task with such features, which need no further normalisation.
     """
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())
-    for raw in samples.inputs.split(batch_size):
-        x = task.features(task.signal(raw, None, None), None, None).double()
-        count += x.shape[0] * x.shape[1]
-        total, squares = total + x.sum((0, 1)), squares + x.square().sum((0, 1))
-    mean = total / count
-    std = ((squares - count * mean.square()) / (count - 1)).clamp(min=0.0).sqrt()
+    count, mean, variance = _moments(samples, task, 2, batch_size)
+    std = (variance * count / (count - 1)).sqrt()
 
     def features(signal: torch.Tensor, recipe: Optional[Recipe], generator: Optional[torch.Generator]) -> torch.Tensor:
         x = task.features(signal, recipe, generator)

@@ -78,8 +78,6 @@ def build(
     if 'file' not in overlay and (overlay.get('url') or overlay.get('hf_hub_id')):
         resolved['file'] = None  # the bundled weights, which timm would prefer
     checkpoint: Optional[Dict[str, Any]] = None
-    # filter_fn adapts first layers: timm knows how to for Conv2d weights of three channels only
-    loading = {**resolved, 'first_conv': None}
     if pretrained:
         from ..checkpoint import carried_settings, check_architecture, read_checkpoint  # which, like fetch, know models
         from ..fetch import locate
@@ -95,8 +93,10 @@ def build(
             if not (key in WEIGHTS and file == bundled_path(key)):  # inputs may be normalised in another way
                 carried = carried_settings(file, None, checkpoint)
                 resolved.update({k: carried[k] for k in ('mean', 'std') if k in carried and k not in overlay})
-            # not the checkpoint itself, which timm would copy with the configuration, but something for `load`
-            loading = {**loading, **resolved, 'first_conv': None, 'source': '', 'file': '', 'state_dict': {'': None}}
+    # filter_fn adapts first layers: timm knows how to for Conv2d weights of three channels only
+    loading = {**resolved, 'first_conv': None}
+    if checkpoint is not None:  # which timm would copy with the configuration: `load` has it
+        loading.update(source='', file='', state_dict={'': None})
     model_args: Dict[str, Any] = {}
 
     def construct(**args: Any) -> LargeKernelNet:
