@@ -19,7 +19,8 @@ from timm_smpconv import WeightsError
 from timm_smpconv._files import save_tensors
 from timm_smpconv.checkpoint import read_checkpoint
 from timm_smpconv.layers import SMPKernel
-from timm_smpconv.models.smpconv_seq import change_rate, checkpoint_filter_fn
+from timm_smpconv.models._builder import checkpoint_filter_fn
+from timm_smpconv.models.smpconv_seq import change_rate
 from timm_smpconv.predict import load_model
 
 LIGHT = ['smpconv_mobile31', 'smpconv_cifar', 'smpconv_seq_chartraj', 'smpconv_seq_speech']
@@ -166,8 +167,6 @@ def test_radii_arrive_exactly_enough(reference):
 
 def test_checkpoint_is_not_modified(reference):
     """The filter works on what it was given, not in it."""
-    from timm_smpconv.models.smpconv_cifar import checkpoint_filter_fn
-
     model = timm.create_model('smpconv_cifar')
     checkpoint = {'model': reference_state('smpconv_cifar', prefix='module.')}
     keys = list(checkpoint['model'])

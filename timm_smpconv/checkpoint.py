@@ -1,7 +1,6 @@
 """Checkpoint files of unknown origin: read without running code, and checked against a network before use."""
 
 import argparse
-import importlib
 import json
 import math
 import pickle
@@ -18,6 +17,7 @@ from torch import nn
 
 from ._files import read_metadata
 from .catalog import model_names
+from .models._base import LargeKernelNet
 from .models._checkpoint import unwrap_checkpoint
 from .store import file_sha256
 from .weights import WEIGHTS, WeightsError
@@ -105,13 +105,13 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
     return checkpoint
 
 
-def fit_checkpoint(checkpoint: Dict[str, Any], model: nn.Module, what: str) -> Dict[str, torch.Tensor]:
+def fit_checkpoint(checkpoint: Dict[str, Any], model: LargeKernelNet, what: str) -> Dict[str, torch.Tensor]:
     """Brings a checkpoint into the layout of a network, all of it and exactly.
 
     Args:
         checkpoint: In the reference layout or in that of this package, possibly nested in a training checkpoint, of
             which the average of the weights (EMA) is taken.
-        model: Registered network of this package, in the form (training or deployed) of the checkpoint.
+        model: Network of this package, in the form (training or deployed) of the checkpoint.
         what: Name of the checkpoint for messages.
 
     Returns:
@@ -122,9 +122,8 @@ def fit_checkpoint(checkpoint: Dict[str, Any], model: nn.Module, what: str) -> D
     """
     check_architecture(checkpoint, _name(model), what)
     state_dict = _state_dict(checkpoint, what)
-    family = importlib.import_module(type(model).__module__)
     try:
-        state_dict = family.convert_checkpoint(state_dict, model)  # and nothing adapted
+        state_dict = model.convert_checkpoint(state_dict)
     except (RuntimeError, ValueError, IndexError, KeyError) as e:
         raise CheckpointError(f'{what} does not fit {_name(model)}: {_short(e)}') from e
     found = differences(state_dict, model)

@@ -1,9 +1,10 @@
 """Drop-in convolution layers: a kernel module renders weights, an op convolves."""
 
-from typing import Optional, Sequence, Tuple, Union
+from typing import Optional, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from timm.models import register_notrace_module
 from torch import nn
 from torch.nn.utils import skip_init
@@ -11,7 +12,7 @@ from torch.nn.utils import skip_init
 from .. import ops
 from ..ops.context import is_channels_last, is_exporting, to_float64
 from .cache import DropsCaches, KernelCache, ValueCache
-from .kernel import SMPKernel
+from .kernel import RenderedKernel, SMPKernel
 from .peripheral import PeripheralKernel
 
 __all__ = ['CausalConv1d', 'LargeConv2d', 'PeripheralConv2d', 'PointwiseConv2d', 'SMPConv1d', 'SMPConv2d']
@@ -41,7 +42,7 @@ class LargeConv2d(DropsCaches, nn.Conv2d):
             groups: 1 for a dense convolution, in_chs = out_chs for a depthwise one.
             bias: Add a bias.
         """
-        size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        size = to_2tuple(kernel_size)
         _check_conv2d(in_chs, out_chs, size, groups)
         super().__init__(
             in_chs,
@@ -97,7 +98,15 @@ class PointwiseConv2d(nn.Conv2d):
 class CausalConv1d(DropsCaches, nn.Conv1d):
     """An nn.Conv1d with stride 1 whose output t sees inputs <= t; it convolves through `ops`."""
 
-    def __init__(self, in_chs: int, out_chs: int, kernel_size: int, bias: bool = True, device=None, dtype=None):
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: Union[int, Tuple[int]],
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ):
         """
         Args:
             in_chs: Input channels.
@@ -134,14 +143,60 @@ class CausalConv1d(DropsCaches, nn.Conv1d):
         return weight[..., count:]
 
 
+class _RenderedConv(DropsCaches):
+    """A convolution through `ops` with the kernel that a module renders, and perhaps a bias."""
+
+    plain: Type[Union[CausalConv1d, LargeConv2d]]  # with a dense kernel
+    depthwise = False
+
+    def __init__(self, kernel: RenderedKernel, bias: bool, device=None, dtype=None):
+        """
+        Args:
+            kernel: Renders the weight.
+            bias: Add a bias.
+        """
+        super().__init__()
+        self.kernel = kernel
+        self.bias = nn.Parameter(torch.empty(kernel.out_chs, device=device, dtype=dtype)) if bias else None
+        self._kept = KernelCache()
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Sets the bias to zero; the kernel has a method of its own."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @torch.jit.unused
+    def to_conv(self, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> nn.Module:
+        """The plain convolution of the same shape with a dense kernel, which it keeps, and a copy of a bias."""
+        out_chs, in_chs, *taps = weight.shape
+        groups = dict(groups=out_chs) if self.depthwise else {}
+        dd = dict(device=weight.device, dtype=weight.dtype)
+        in_chs = out_chs if self.depthwise else in_chs
+        conv = skip_init(self.plain, in_chs, out_chs, tuple(taps), bias=bias is not None, **groups, **dd)
+        conv.weight.data = weight
+        if bias is not None:
+            conv.bias.data = bias.to(weight, copy=True)
+        return conv.train(self.training)
+
+    @torch.jit.unused
+    def fuse(self) -> nn.Module:
+        """The equivalent plain convolution, with a dense kernel; `timm.utils.reparameterize_model` puts it in place."""
+        with torch.no_grad():
+            return self.to_conv(self.kernel(), self.bias)
+
+
 @register_notrace_module
-class SMPConv2d(DropsCaches):
+class SMPConv2d(_RenderedConv):
     """2D convolution with a kernel of moving points, stride 1, zero padding k // 2.
 
     Depthwise (groups = in_chs = out_chs): points shared by all channels, sums not normalised, k^2 / 4 points of
     radius 4 / k (the ImageNet networks). Dense (groups = 1): points per output filter, normalised sums, 16 points of
     radius 0.12 (the CIFAR network).
     """
+
+    plain = LargeConv2d
 
     def __init__(
         self,
@@ -174,39 +229,31 @@ class SMPConv2d(DropsCaches):
         Raises:
             ValueError: An even kernel size, channels that do not fit, or a value out of range.
         """
-        super().__init__()
-        size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        size = to_2tuple(kernel_size)
         _check_conv2d(in_chs, out_chs, size, groups)
-        self.depthwise = groups > 1 or in_chs == out_chs == 1
-        if self.depthwise:
+        depthwise = _is_depthwise(in_chs, out_chs, groups)
+        if depthwise:
             defaults = (max(size[0] * size[1] // 4, 1), min(4 / max(size), 1.0), 0.2)
         else:
             defaults = (16, 0.12, 0.05)
-        self.kernel = SMPKernel(
-            1 if self.depthwise else in_chs,
+        kernel = SMPKernel(
+            1 if depthwise else in_chs,
             out_chs,
             size,
             ndim=2,
             num_points=defaults[0] if num_points is None else num_points,
             radius=defaults[1] if radius is None else radius,
             coord_std=defaults[2] if coord_std is None else coord_std,
-            shared_points=self.depthwise,
-            normalize=not self.depthwise,
-            radius_range=(1e-3, 1.0) if self.depthwise else (1e-4, 1.0),
+            shared_points=depthwise,
+            normalize=not depthwise,
+            radius_range=(1e-3, 1.0) if depthwise else (1e-4, 1.0),
             learn_coords=learn_coords,
             learn_radius=learn_radius,
             device=device,
             dtype=dtype,
         )
-        self.bias = nn.Parameter(torch.empty(out_chs, device=device, dtype=dtype)) if bias else None
-        self._kept = KernelCache()
-        self.reset_parameters()
-
-    @torch.jit.ignore
-    def reset_parameters(self) -> None:
-        """Sets the bias to zero; the kernel has a method of its own."""
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        super().__init__(kernel, bias, device=device, dtype=dtype)
+        self.depthwise = depthwise
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, H, W) -> (B, out_chs, H, W)."""
@@ -216,28 +263,16 @@ class SMPConv2d(DropsCaches):
             return ops.depthwise_conv2d(x, kernel, self.bias, keep)
         return ops.conv2d(x, kernel, self.bias, keep)
 
-    def to_conv(self, weight: torch.Tensor) -> nn.Module:
-        """A plain convolution of the same shape, with the given dense kernel and a bias to be filled in."""
-        return _large_conv(weight, self.depthwise)
-
-    @torch.jit.unused
-    def fuse(self) -> nn.Module:
-        """The equivalent plain convolution, with a dense kernel; `timm.utils.reparameterize_model` puts it in place."""
-        with torch.no_grad():
-            weight = self.kernel()
-            conv = _large_conv(weight, self.depthwise, bias=self.bias is not None)
-            if self.bias is not None:
-                conv.bias.data = self.bias.to(weight, copy=True)
-        return conv.train(self.training)
-
 
 @register_notrace_module
-class SMPConv1d(DropsCaches):
+class SMPConv1d(_RenderedConv):
     """Causal 1D convolution with a kernel of moving points: output t sees inputs <= t (the sequence networks).
 
     Dense, points per output filter, normalised sums. The kernel keeps its number of taps whatever the length of the
     input.
     """
+
+    plain = CausalConv1d
 
     def __init__(
         self,
@@ -268,10 +303,9 @@ class SMPConv1d(DropsCaches):
         Raises:
             ValueError: A value out of range.
         """
-        super().__init__()
         if kernel_size < 1:
             raise ValueError(f'kernel_size must be a positive number of taps, got {kernel_size}.')
-        self.kernel = SMPKernel(
+        kernel = SMPKernel(
             in_chs,
             out_chs,
             kernel_size,
@@ -285,15 +319,7 @@ class SMPConv1d(DropsCaches):
             device=device,
             dtype=dtype,
         )
-        self.bias = nn.Parameter(torch.empty(out_chs, device=device, dtype=dtype)) if bias else None
-        self._kept = KernelCache()
-        self.reset_parameters()
-
-    @torch.jit.ignore
-    def reset_parameters(self) -> None:
-        """Sets the bias to zero; the kernel has a method of its own."""
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        super().__init__(kernel, bias, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, L) -> (B, out_chs, L)."""
@@ -301,23 +327,9 @@ class SMPConv1d(DropsCaches):
         keep = None if torch.jit.is_scripting() else self._kept.keep(kernel)
         return ops.causal_conv1d(x, kernel, self.bias, keep)
 
-    def to_conv(self, weight: torch.Tensor) -> nn.Module:
-        """A plain convolution of the same shape, with the given dense kernel and a bias to be filled in."""
-        return _causal_conv(weight)
-
-    @torch.jit.unused
-    def fuse(self) -> nn.Module:
-        """The equivalent plain convolution, with a dense kernel; `timm.utils.reparameterize_model` puts it in place."""
-        with torch.no_grad():
-            weight = self.kernel()
-            conv = _causal_conv(weight, bias=self.bias is not None)
-            if self.bias is not None:
-                conv.bias.data = self.bias.to(weight, copy=True)
-        return conv.train(self.training)
-
 
 @register_notrace_module
-class PeripheralConv2d(DropsCaches):
+class PeripheralConv2d(_RenderedConv):
     """Peripheral convolution (PeLK): a 2D convolution whose outer taps share parameters, stride 1, zero padding k // 2.
 
     A positional embedding h of the kernel tells the taps of a cell apart (section 4.2):
@@ -326,6 +338,8 @@ class PeripheralConv2d(DropsCaches):
 
     As written, for zeros of the padding too, it adds sum_q w(q) h(q) to the bias of a filter, and deploys as that.
     """
+
+    plain = LargeConv2d
 
     def __init__(
         self,
@@ -353,11 +367,10 @@ class PeripheralConv2d(DropsCaches):
         Raises:
             ValueError: An even kernel size, channels that do not fit, or a grid that does not.
         """
-        super().__init__()
         _check_conv2d(in_chs, out_chs, (kernel_size, kernel_size), groups)
-        self.depthwise = groups > 1 or in_chs == out_chs == 1
-        self.kernel = PeripheralKernel(
-            1 if self.depthwise else in_chs,
+        depthwise = _is_depthwise(in_chs, out_chs, groups)
+        kernel = PeripheralKernel(
+            1 if depthwise else in_chs,
             out_chs,
             kernel_size,
             center_size=center_size,
@@ -367,15 +380,8 @@ class PeripheralConv2d(DropsCaches):
             device=device,
             dtype=dtype,
         )
-        self.bias = nn.Parameter(torch.empty(out_chs, device=device, dtype=dtype)) if bias else None
-        self._kept = KernelCache()
-        self.reset_parameters()
-
-    @torch.jit.ignore
-    def reset_parameters(self) -> None:
-        """Sets the bias to zero; the kernel has a method of its own."""
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        super().__init__(kernel, bias, device=device, dtype=dtype)
+        self.depthwise = depthwise
 
     def forward(self, x: torch.Tensor, pos_embed: Optional[torch.Tensor] = None) -> torch.Tensor:
         """(B, in_chs, H, W), and the embedding (in_chs, k, k) or None -> (B, out_chs, H, W)."""
@@ -402,36 +408,11 @@ class PeripheralConv2d(DropsCaches):
             weight = self.kernel()
             # in float64, so that the sum over thousands of taps adds no rounding of its own
             exact = [None if x is None else to_float64(x) for x in (weight, pos_embed, self.bias)]
-            bias = self._total_bias(*exact)
-            conv = _large_conv(weight, self.depthwise, bias=bias is not None)
-            if bias is not None:
-                conv.bias.data = bias.to(weight)
-        return conv.train(self.training)
+            return self.to_conv(weight, self._total_bias(*exact))
 
 
-def _causal_conv(weight: torch.Tensor, bias: bool = True) -> CausalConv1d:
-    """A plain causal convolution with the given dense kernel, and a bias to be filled in."""
-    out_chs, in_chs, taps = weight.shape
-    conv = skip_init(CausalConv1d, in_chs, out_chs, taps, bias=bias, device=weight.device, dtype=weight.dtype)
-    conv.weight.data = weight
-    return conv
-
-
-def _large_conv(weight: torch.Tensor, depthwise: bool, bias: bool = True) -> LargeConv2d:
-    """A plain convolution with the given dense kernel, and a bias to be filled in."""
-    out_chs, in_chs, kh, kw = weight.shape
-    conv = skip_init(
-        LargeConv2d,
-        out_chs if depthwise else in_chs,
-        out_chs,
-        (kh, kw),
-        groups=out_chs if depthwise else 1,
-        bias=bias,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
-    conv.weight.data = weight
-    return conv
+def _is_depthwise(in_chs: int, out_chs: int, groups: int) -> bool:
+    return groups > 1 or in_chs == out_chs == 1
 
 
 def _check_conv2d(in_chs: int, out_chs: int, kernel_size: Tuple[int, ...], groups: int) -> None:

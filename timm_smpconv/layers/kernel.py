@@ -10,7 +10,7 @@ from ..ops.context import full_precision
 from .cache import DropsCaches, ValueCache
 from .plain import has_hooks
 
-__all__ = ['SMPKernel']
+__all__ = ['RenderedKernel', 'SMPKernel', 'no_weight_decay']
 
 _SUPPORT_STEP = 32  # taps by which rendered causal kernels differ in length
 _MIN_SPARSITY = 4  # taps for one that a point may reach, from which they are better looked up
@@ -21,7 +21,64 @@ def _check_positive(name: str, value: float) -> None:
         raise ValueError(f'{name} must be positive, got {value}.')
 
 
-class SMPKernel(DropsCaches):
+class RenderedKernel(DropsCaches):
+    """A module whose call renders a dense kernel.
+
+    Subclasses give `forward` and `tensors`. One that overrides `forward` alone is called each time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rendered = ValueCache()  # kernel of eval mode
+
+    def for_convolution(self) -> torch.Tensor:
+        """The kernel at its own size, as a convolution needs it: rendered as rarely and as short as possible.
+
+        In eval mode without gradients the kernel is rendered once and again when a parameter has changed. Leading taps
+        may be missing, see `render_reached`. Both need the values of the parameters: where they are not at hand
+        (torch.compile, export, tracing) or reading them would wait for a GPU, the whole kernel is rendered each time.
+
+        Returns:
+            Kernel, (out_chs, in_chs, kh, kw), or (out_chs, in_chs, taps) with the last taps if causal. Not to be
+            changed in place.
+        """
+        if torch.jit.is_scripting():
+            return self.forward()
+        return self._for_convolution()
+
+    @torch.jit.unused
+    def _for_convolution(self) -> torch.Tensor:
+        tensors = self.tensors()
+        if not ValueCache.usable(tensors) or has_hooks(self) or not self._knows_forward():
+            return self()
+        if self.training or torch.is_grad_enabled():
+            return self.render_reached()
+        return self._rendered.get(tensors, self.render_reached, self.settings())
+
+    def _knows_forward(self) -> bool:
+        """Whether `tensors` and `render_reached` are of `forward`, and not of what a subclass has overridden."""
+        names = ('forward', 'tensors', 'render_reached')
+        forward, *others = [next(c for c in type(self).__mro__ if name in vars(c)) for name in names]
+        return all(issubclass(other, forward) or other is RenderedKernel for other in others)
+
+    @torch.jit.unused
+    def tensors(self) -> Tuple[Optional[torch.Tensor], ...]:
+        """All tensors that the kernel depends on."""
+        # not parameters(), which copies for other devices and sharded modules lack
+        raise NotImplementedError
+
+    @torch.jit.unused
+    def settings(self) -> Hashable:
+        """All else that the kernel depends on."""
+        return ()
+
+    @torch.jit.unused
+    def render_reached(self) -> torch.Tensor:
+        """The kernel at its own size, if causal perhaps without leading taps that are zero; reads values."""
+        return self.forward()
+
+
+class SMPKernel(RenderedKernel):
     """A convolution kernel given by moving points; calling it renders the dense kernel.
 
     The kernel is a function on [-1, 1]^d made of N points with coordinates p_i, radii r_i and weights w_i (Eq. 1, 2):
@@ -115,7 +172,6 @@ class SMPKernel(DropsCaches):
         self.min_radius, self.max_radius = float(radius_range[0]), float(radius_range[1])
         self.radius_lr_scale = radius_lr_scale
         self.learn_radius = learn_radius
-        self._rendered = ValueCache()  # kernel of eval mode
 
         groups = 1 if shared_points else out_chs
         self.coords = nn.Parameter(torch.empty(groups, num_points, ndim, **dd), requires_grad=learn_coords)
@@ -138,6 +194,7 @@ class SMPKernel(DropsCaches):
 
     @property
     def radius(self) -> torch.Tensor:
+        """Effective radii, (G, N), within radius_range; in units of the kernel's half width."""
         offset = self.radius_offset
         value = self.base_radius + offset.detach() * self.radius_lr_scale
         # the difference is zero: it only carries the gradient of the radius, unscaled, to the parameter
@@ -204,31 +261,6 @@ class SMPKernel(DropsCaches):
         self._check_size(dims)
         return self._render_full_precision(dims)
 
-    def for_convolution(self) -> torch.Tensor:
-        """The kernel at its own size, as a convolution needs it: rendered as rarely and as short as possible.
-
-        In eval mode without gradients the kernel is rendered once and again when a parameter has changed. A causal
-        kernel lacks leading taps as far as no point reaches them: fresh points lie near the present. Both need the
-        values of the parameters: where they are not at hand (torch.compile, export, tracing) or reading them would wait
-        for a GPU, the whole kernel is rendered each time.
-
-        Returns:
-            Kernel, (out_chs, in_chs, kh, kw), or (out_chs, in_chs, taps) with the last taps if causal. Not to be
-            changed in place.
-        """
-        if torch.jit.is_scripting():
-            return self.forward()
-        return self._for_convolution()
-
-    @torch.jit.unused
-    def _for_convolution(self) -> torch.Tensor:
-        tensors = self.tensors()
-        if not ValueCache.usable(tensors) or has_hooks(self) or type(self).forward is not SMPKernel.forward:
-            return self()
-        if self.training or torch.is_grad_enabled():
-            return self.render_reached()
-        return self._rendered.get(tensors, self.render_reached, self.settings())
-
     @torch.jit.unused
     def tensors(self) -> Tuple[torch.Tensor, ...]:
         """All tensors that the kernel depends on."""
@@ -242,7 +274,7 @@ class SMPKernel(DropsCaches):
 
     @torch.jit.unused
     def render_reached(self) -> torch.Tensor:
-        """The kernel at its own size, if causal without leading taps that no point reaches; reads values."""
+        """The kernel at its own size, if causal without leading taps that no point reaches: fresh ones lie near +1."""
         if self.training:
             self.project()
         size = self.kernel_size

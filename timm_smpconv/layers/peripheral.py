@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cache import DropsCaches, ValueCache
-from .plain import has_hooks
+from .kernel import RenderedKernel
 
 __all__ = ['PeripheralKernel', 'sharing_grid']
 
@@ -42,7 +41,7 @@ def sharing_grid(kernel_size: int, center_size: int = 5, base: int = 2) -> List[
     return [*side[::-1], *[1] * center, *side]
 
 
-class PeripheralKernel(DropsCaches):
+class PeripheralKernel(RenderedKernel):
     """A k x k kernel made of k' x k' parameters; calling it renders the dense kernel.
 
     The sharing grid divides both sides of the kernel into k' cells, of one tap in the centre and exponentially wider
@@ -94,7 +93,6 @@ class PeripheralKernel(DropsCaches):
         self.in_chs = in_chs
         self.out_chs = out_chs
         self.kernel_size: List[int] = [kernel_size, kernel_size]
-        self._rendered = ValueCache()  # kernel of eval mode
         dd = {'device': device, 'dtype': dtype}
         cells, taps = len(self.grid), min(small_kernel_size, kernel_size)
         self.weights = nn.Parameter(torch.empty(out_chs, in_chs, cells, cells, **dd))
@@ -130,23 +128,10 @@ class PeripheralKernel(DropsCaches):
             parts.append(x.narrow(dim, first, count).repeat_interleave(width, dim))
         return torch.cat(parts, dim)
 
-    def for_convolution(self) -> torch.Tensor:
-        """The kernel as a convolution needs it: in eval mode without gradients rendered again only after a change.
-
-        Returns:
-            Kernel, (out_chs, in_chs, kernel_size, kernel_size). Not to be changed in place.
-        """
-        if torch.jit.is_scripting():
-            return self.forward()
-        return self._for_convolution()
-
     @torch.jit.unused
-    def _for_convolution(self) -> torch.Tensor:
-        # not parameters(), which copies for other devices and sharded modules lack
-        tensors = (self.weights, self.small)
-        if self.training or torch.is_grad_enabled() or not ValueCache.usable(tensors) or has_hooks(self):
-            return self()
-        return self._rendered.get(tensors, self.forward)
+    def tensors(self) -> Tuple[Optional[torch.Tensor], ...]:
+        """All tensors that the kernel depends on."""
+        return self.weights, self.small
 
     def extra_repr(self) -> str:
         return f'{self.in_chs}, {self.out_chs}, kernel_size={tuple(self.kernel_size)}, grid={tuple(self.grid)}'

@@ -22,6 +22,7 @@ __all__ = [
     'RepSMPConv1d',
     'RepSMPConv2d',
     'SequenceNorm',
+    'check_eval',
     'check_part',
     'fold_norm_into_next',
     'fold_norm_into_previous',
@@ -57,7 +58,12 @@ def _scale_shift(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
     return scale, shift if norm.bias is None else shift + to_float64(norm.bias)
 
 
-def _check_eval(module: nn.Module) -> None:
+def check_eval(module: nn.Module) -> None:
+    """Checks that a module about to be folded is in eval mode, with all its parts.
+
+    Raises:
+        RuntimeError: It is not.
+    """
     if any(m.training for m in module.modules()):
         raise RuntimeError(
             f'{type(module).__name__} cannot be reparameterized in train mode, where its batch norms use batch '
@@ -102,8 +108,12 @@ def fold_norm_into_next(norm: nn.Module, conv: nn.Module) -> None:
 
 
 def norm_to_conv(norm: nn.Module) -> nn.Module:
-    """A batch norm of maps as a depthwise 1x1 convolution."""
-    _check_eval(norm)
+    """A batch norm of maps as a depthwise 1x1 convolution.
+
+    Raises:
+        RuntimeError: It is in train mode.
+    """
+    check_eval(norm)
     scale, shift = _scale_shift(norm)
     like = norm.running_var if norm.weight is None else norm.weight
     channels = len(scale)
@@ -116,10 +126,14 @@ class ConvNorm(ConvNormAct):
     """timm's ConvNormAct that deploys as a convolution with a bias, followed by the activation."""
 
     def reparameterize(self) -> None:
-        """Folds the batch norm into the convolution, in place; does nothing the second time."""
+        """Folds the batch norm into the convolution, in place; does nothing the second time.
+
+        Raises:
+            RuntimeError: It is in train mode, or its convolution has been replaced by something else.
+        """
         if not isinstance(self.bn, _NORMS_WITH_ACT):
             return
-        _check_eval(self)
+        check_eval(self)
         check_part(self, self.conv, nn.Conv2d)
         if type(self.conv).forward not in (nn.Conv2d.forward, PointwiseConv2d.forward):  # it pads or quantises too
             raise RuntimeError(
@@ -247,7 +261,7 @@ class _RepSMPConv(DropsCaches):
                     f'{type(self).__name__} cannot be reparameterized: its norms must be batch norms with running '
                     f'statistics to be folded into a convolution, got {norm}.'
                 )
-        _check_eval(self)
+        check_eval(self)
         with torch.no_grad():
             return self._fold(self.large.kernel())
 
@@ -260,9 +274,8 @@ class _RepSMPConv(DropsCaches):
     def _fold(self, kernel: torch.Tensor) -> nn.Module:
         weight, bias = fold_norm_into_previous(kernel, self.large.bias, self.large_norm)
         small, small_bias = fold_norm_into_previous(self.small.weight, self.small.bias, self.small_norm)
-        conv = self.large.to_conv(_add_small(weight, small, causal=kernel.ndim == 3).to(kernel))
-        conv.bias.data = (bias + small_bias).to(kernel)
-        return conv.eval()
+        total = _add_small(weight, small, causal=kernel.ndim == 3)
+        return self.large.to_conv(total.to(kernel), bias + small_bias).eval()
 
 
 def _to_channels_last(x: torch.Tensor) -> torch.Tensor:

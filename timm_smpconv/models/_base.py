@@ -10,6 +10,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from ..layers import is_foldable, no_weight_decay, norm_to_conv
+from ._checkpoint import Rules, convert_reference
 
 __all__ = ['LargeKernelNet', 'check_input', 'check_stages', 'init_weights']
 
@@ -57,6 +58,9 @@ def init_weights(module: nn.Module) -> None:
 class LargeKernelNet(nn.Module):
     """Base of all networks: subclasses build `stem`, `stages`, `norm`, `head`, `feature_info` and `num_features`."""
 
+    reference_rules: Rules = ()  # which rename the keys of the reference implementation
+    first_layer: Tuple[str, ...] = ()  # keys of the weights (O, I, ...) that see the input
+
     def __init__(self, num_classes: int, in_chans: int, sequence: bool = False):
         """
         Args:
@@ -93,9 +97,9 @@ class LargeKernelNet(nn.Module):
             The model itself.
 
         Raises:
-            RuntimeError: The model is in train mode.
+            RuntimeError: The model is in train mode, or a part of it has been replaced by something else.
         """
-        if self.training:
+        if self.training:  # parts without statistics may be: dropout that goes on in inference
             raise RuntimeError(
                 f'{type(self).__name__} cannot be reparameterized in train mode: call model.eval() first.'
             )
@@ -103,6 +107,18 @@ class LargeKernelNet(nn.Module):
         if is_foldable(self.norm):  # an AffineNorm that was synchronised, or frozen and unfrozen
             self.norm = norm_to_conv(self.norm)
         return self
+
+    @torch.jit.ignore
+    def convert_checkpoint(self, checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
+        """Brings a checkpoint, in this package's layout or in that of the reference, into this package's layout.
+
+        Args:
+            checkpoint: State dict, possibly nested in a training checkpoint.
+
+        Returns:
+            State dict; nothing in it is adapted to the arguments of the network.
+        """
+        return convert_reference(checkpoint, self.reference_rules)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:

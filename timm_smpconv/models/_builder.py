@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple, Type
+from typing import Any, Dict, Optional, Tuple, Type
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -12,8 +12,9 @@ from torch import nn
 from ..layers import no_weight_decay
 from ..weights import WEIGHTS, bundled_path
 from ._base import LargeKernelNet
+from ._checkpoint import adapt_input_channels
 
-__all__ = ['build', 'cfg', 'imagenet_cfg']
+__all__ = ['build', 'cfg', 'checkpoint_filter_fn', 'imagenet_cfg', 'small_cfg']
 
 _PAPER = dict(
     paper_ids='arXiv:2304.02330',
@@ -35,6 +36,20 @@ def cfg(name: str, **kwargs: Any) -> Dict[str, Any]:
     }
 
 
+def small_cfg(name: str, **kwargs: Any) -> Dict[str, Any]:
+    """`cfg` of a network for small images or sequences, whose feature maps are as large as its input."""
+    return cfg(
+        name,
+        **{
+            'num_classes': 10,
+            'pool_size': kwargs['input_size'][1:],
+            'crop_pct': 1.0,
+            'interpolation': 'bilinear',
+            **kwargs,
+        },
+    )
+
+
 def imagenet_cfg(name: str, input_size: Tuple[int, int, int] = (3, 224, 224), **kwargs: Any) -> Dict[str, Any]:
     """`cfg` of an ImageNet network with an output stride of 32."""
     return cfg(
@@ -52,11 +67,15 @@ def imagenet_cfg(name: str, input_size: Tuple[int, int, int] = (3, 224, 224), **
     )
 
 
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: LargeKernelNet) -> Dict[str, torch.Tensor]:
+    """Accepts this package's layout and the reference layout, for any number of input channels."""
+    return adapt_input_channels(model.convert_checkpoint(state_dict), model.in_chans, model.first_layer)
+
+
 def build(
     model_cls: Type[LargeKernelNet],
     variant: str,
     pretrained: bool,
-    filter_fn: Callable[[Dict[str, Any], LargeKernelNet], Dict[str, torch.Tensor]],
     num_stages: int,
     **kwargs: Any,
 ) -> torch.nn.Module:
@@ -66,7 +85,6 @@ def build(
         model_cls: Network class.
         variant: Registered name.
         pretrained: Load the weights that the pretrained configuration names.
-        filter_fn: The family's checkpoint_filter_fn.
         num_stages: Number of feature maps that features_only returns by default.
         **kwargs: Arguments of timm's builder and of the network.
 
@@ -93,7 +111,7 @@ def build(
             if not (key in WEIGHTS and file == bundled_path(key)):  # inputs may be normalised in another way
                 carried = carried_settings(file, None, checkpoint)
                 resolved.update({k: carried[k] for k in ('mean', 'std') if k in carried and k not in overlay})
-    # filter_fn adapts first layers: timm knows how to for Conv2d weights of three channels only
+    # checkpoint_filter_fn adapts first layers: timm knows how to for Conv2d weights of three channels only
     loading = {**resolved, 'first_conv': None}
     if checkpoint is not None:  # which timm would copy with the configuration: `load` has it
         loading.update(source='', file='', state_dict={'': None})
@@ -104,7 +122,7 @@ def build(
         return model_cls(**args)
 
     def load(state_dict: Dict[str, Any], model: LargeKernelNet) -> Dict[str, torch.Tensor]:
-        state_dict = filter_fn(state_dict if checkpoint is None else checkpoint, model)
+        state_dict = checkpoint_filter_fn(state_dict if checkpoint is None else checkpoint, model)
         if 'file' in overlay and 'num_classes' not in overlay and 'head.fc.weight' in state_dict:
             # by which timm decides whether to keep the classifier
             model.pretrained_cfg['num_classes'] = len(state_dict['head.fc.weight'])

@@ -1,11 +1,13 @@
 """State dicts of the reference implementation, and of other input channels, in the layout of this package."""
 
 import re
-from typing import Any, Dict, Sequence, Tuple
+from typing import Any, Callable, Dict, Match, Sequence, Tuple, Union
 
 import torch
 
-__all__ = ['adapt_input_channels', 'convert_reference', 'unwrap_checkpoint']
+__all__ = ['Rules', 'adapt_input_channels', 'convert_reference', 'unwrap_checkpoint']
+
+Rules = Sequence[Tuple[str, Union[str, Callable[[Match[str]], str]]]]  # regular expressions and replacements
 
 # weight averages first: the published accuracies are theirs
 _NESTED = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
@@ -28,13 +30,13 @@ def unwrap_checkpoint(checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
 
 def convert_reference(
     checkpoint: Dict[str, Any],
-    rules: Sequence[Tuple[str, str]],
+    rules: Rules,
 ) -> Dict[str, torch.Tensor]:
     """Converts a checkpoint in the reference layout; one in the layout of this package is only unwrapped.
 
     Args:
         checkpoint: State dict, possibly nested in a training checkpoint.
-        rules: Regular expressions and replacements, all applied in turn to each key of a reference checkpoint.
+        rules: All applied in turn to each key of a reference checkpoint.
 
     Returns:
         State dict in the layout of this package.

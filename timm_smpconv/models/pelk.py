@@ -7,7 +7,7 @@ dynamic sparsity of SLaK (1.3 times as wide, 40 % of the large kernels zero), wh
 these are the dense networks at ConvNeXt's widths.
 """
 
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, List, Optional, Sequence, Union
 
 import torch
 from timm.layers import (
@@ -22,12 +22,11 @@ from timm.layers import (
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import nn
 
-from ..layers import LargeConv2d, PeripheralConv2d, by_parts, check_part
+from ..layers import LargeConv2d, PeripheralConv2d, by_parts, check_eval, check_part
 from ..ops import to_fast_format
 from ..ops.context import to_float64
 from ._base import LargeKernelNet, check_stages, init_weights
 from ._builder import build, imagenet_cfg
-from ._checkpoint import adapt_input_channels, unwrap_checkpoint
 
 __all__ = ['PeLK']
 
@@ -98,7 +97,11 @@ class PeLKBlock(nn.Module):
 
     @torch.jit.ignore
     def deploy(self, pos_embed: Optional[torch.Tensor]) -> None:
-        """Renders the kernel with the embedding and folds gamma into the last layer, in place."""
+        """Renders the kernel with the embedding and folds gamma into the last layer, in place.
+
+        Raises:
+            RuntimeError: A part has been replaced by something else.
+        """
         if self.embedded or self.gamma is not None:  # else there is nothing left to fold
             check_part(self, self.conv, PeripheralConv2d, LargeConv2d)
         if self.gamma is not None:
@@ -113,7 +116,11 @@ class PeLKBlock(nn.Module):
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
-        """`deploy` without an embedding; the stage deploys blocks that need its embedding."""
+        """`deploy` without an embedding; the stage deploys blocks that need its embedding.
+
+        Raises:
+            RuntimeError: The block needs an embedding, or a part has been replaced by something else.
+        """
         if self.embedded:
             raise RuntimeError(
                 'The positional embedding of a PeLKBlock is in its PeLKStage: call reparameterize() of the stage or of '
@@ -198,11 +205,12 @@ class PeLKStage(nn.Module):
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
-        """Renders the kernels, in place; does nothing the second time."""
-        if self.training:
-            raise RuntimeError(
-                f'{type(self).__name__} cannot be reparameterized in train mode: call model.eval() first.'
-            )
+        """Renders the kernels, in place; does nothing the second time.
+
+        Raises:
+            RuntimeError: The stage is in train mode, or a part of a block has been replaced by something else.
+        """
+        check_eval(self)
         for block in self.blocks:
             block.deploy(None if self.pos_embed is None else self.pos_embed.data)
         self.pos_embed = None
@@ -219,6 +227,8 @@ class PeLKStage(nn.Module):
 
 class PeLK(LargeKernelNet):
     """PeLK image classification network."""
+
+    first_layer = ('stem.0.weight',)  # there are no weights of the authors
 
     def __init__(
         self,
@@ -257,6 +267,9 @@ class PeLK(LargeKernelNet):
             drop_rate: Dropout rate in front of the classifier.
             drop_path_rate: Largest rate of stochastic depth, growing linearly over the blocks.
             inference_mode: Build the deployed form.
+
+        Raises:
+            ValueError: An argument is out of range, or does not have one entry for each stage.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_classes, in_chans)
@@ -308,20 +321,8 @@ class PeLK(LargeKernelNet):
         return take_indices
 
 
-def convert_checkpoint(state_dict: Dict[str, Any], model: PeLK) -> Dict[str, torch.Tensor]:
-    """The state dict inside a checkpoint: there is no other layout than this package's."""
-    return unwrap_checkpoint(state_dict)
-
-
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: PeLK) -> Dict[str, torch.Tensor]:
-    """Accepts this package's layout, for any number of input channels."""
-    return adapt_input_channels(convert_checkpoint(state_dict, model), model.in_chans, ('stem.0.weight',))
-
-
 def _create_pelk(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return build(
-        PeLK, variant, pretrained, checkpoint_filter_fn, num_stages=len(kwargs.get('depths', range(4))), **kwargs
-    )
+    return build(PeLK, variant, pretrained, num_stages=len(kwargs.get('depths', range(4))), **kwargs)
 
 
 default_cfgs = generate_default_cfgs(

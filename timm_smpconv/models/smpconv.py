@@ -1,6 +1,6 @@
 """SMPConv ImageNet networks: very large depthwise kernels in the RepLKNet layout (paper, section 4.3)."""
 
-from typing import Any, Dict, Optional, Sequence, Union
+from typing import Any, Optional, Sequence, Union
 
 import torch
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
@@ -11,7 +11,6 @@ from ..layers import AffineNorm, ConvNorm, RepSMPConv2d, by_parts, fold_norm_int
 from ..ops import to_fast_format
 from ._base import LargeKernelNet, check_stages, init_weights
 from ._builder import build, imagenet_cfg
-from ._checkpoint import adapt_input_channels, convert_reference
 
 __all__ = ['SMPConv']
 
@@ -179,6 +178,17 @@ class SMPConvStage(nn.Module):
 class SMPConv(LargeKernelNet):
     """SMPConv image classification network."""
 
+    reference_rules = (
+        (r'\.prelkb_bn\.|\.preffn_bn\.', '.norm.'),
+        (r'\.large_kernel\.smp\.conv\.', '.mix.large.kernel.'),
+        (r'\.large_kernel\.smp\.bn\.', '.mix.large_norm.'),
+        (r'\.large_kernel\.small_conv\.conv\.', '.mix.small.'),
+        (r'\.large_kernel\.small_conv\.bn\.', '.mix.small_norm.'),
+        (r'^transitions\.(\d+)\.', lambda match: f'stages.{int(match[1]) + 1}.downsample.'),
+        (r'^head\.', 'head.fc.'),
+    )
+    first_layer = ('stem.0.conv.weight',)
+
     def __init__(
         self,
         num_classes: int = 1000,
@@ -220,6 +230,9 @@ class SMPConv(LargeKernelNet):
             drop_rate: Dropout rate in front of the classifier.
             drop_path_rate: Largest rate of stochastic depth, growing linearly over the pairs of blocks.
             inference_mode: Build the deployed form.
+
+        Raises:
+            ValueError: An argument is out of range, or does not have one entry for each stage.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_classes, in_chans)
@@ -265,31 +278,8 @@ class SMPConv(LargeKernelNet):
             self.eval().reparameterize().train()
 
 
-_REFERENCE_RULES = (
-    (r'\.prelkb_bn\.|\.preffn_bn\.', '.norm.'),
-    (r'\.large_kernel\.smp\.conv\.', '.mix.large.kernel.'),
-    (r'\.large_kernel\.smp\.bn\.', '.mix.large_norm.'),
-    (r'\.large_kernel\.small_conv\.conv\.', '.mix.small.'),
-    (r'\.large_kernel\.small_conv\.bn\.', '.mix.small_norm.'),
-    (r'^transitions\.(\d+)\.', lambda match: f'stages.{int(match[1]) + 1}.downsample.'),
-    (r'^head\.', 'head.fc.'),
-)
-
-
-def convert_checkpoint(state_dict: Dict[str, Any], model: SMPConv) -> Dict[str, torch.Tensor]:
-    """Brings a checkpoint, in this package's layout or in that of the reference, into this package's layout."""
-    return convert_reference(state_dict, _REFERENCE_RULES)
-
-
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: SMPConv) -> Dict[str, torch.Tensor]:
-    """Accepts this package's layout and the reference layout, for any number of input channels."""
-    return adapt_input_channels(convert_checkpoint(state_dict, model), model.in_chans, ('stem.0.conv.weight',))
-
-
 def _create_smpconv(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return build(
-        SMPConv, variant, pretrained, checkpoint_filter_fn, num_stages=len(kwargs.get('depths', range(4))), **kwargs
-    )
+    return build(SMPConv, variant, pretrained, num_stages=len(kwargs.get('depths', range(4))), **kwargs)
 
 
 default_cfgs = generate_default_cfgs(

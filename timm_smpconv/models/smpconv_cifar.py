@@ -4,14 +4,14 @@ from collections import OrderedDict
 from typing import Any, Dict, Sequence
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import nn
 
 from ..layers import RepSMPConv2d
 from ._base import LargeKernelNet
-from ._builder import build, cfg
-from ._checkpoint import adapt_input_channels, convert_reference
+from ._builder import build, small_cfg
 
 __all__ = ['SMPConvCifar']
 
@@ -66,6 +66,19 @@ class ResidualBlock(nn.Module):
 class SMPConvCifar(LargeKernelNet):
     """SMPConv network for small images; feature maps keep the resolution of the input."""
 
+    reference_rules = (
+        (r'^(cconv1|norm1)', r'stem.\1'),
+        (r'^blocks\.', 'stages.'),
+        (r'^stem\.(cconv|norm)1', r'stem.\1'),
+        (r'\.cconv(\d?)s\.', r'.conv\1.small.'),
+        (r'\.cconv(\d?)\.Kernel\.', r'.conv\1.large.kernel.'),
+        (r'\.norm(\d?)s\.', r'.conv\1.small_norm.'),
+        (r'\.norm(\d?)\.', r'.conv\1.large_norm.'),
+        (r'\.shortcut\.0\.', '.shortcut.'),
+        (r'^out_layer\.', 'head.fc.'),
+    )
+    first_layer = ('stem.conv.large.kernel.weights', 'stem.conv.small.weight', 'stem.conv.weight')
+
     def __init__(
         self,
         num_classes: int = 10,
@@ -101,6 +114,9 @@ class SMPConvCifar(LargeKernelNet):
             drop_rate: Dropout rate within the blocks.
             drop_path_rate: Largest rate of stochastic depth, growing linearly with the depth.
             inference_mode: Build the deployed form.
+
+        Raises:
+            ValueError: An argument is out of range.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_classes, in_chans)
@@ -140,51 +156,28 @@ class SMPConvCifar(LargeKernelNet):
         if inference_mode:
             self.eval().reparameterize().train()
 
-
-_REFERENCE_RULES = (
-    (r'^(cconv1|norm1)', r'stem.\1'),
-    (r'^blocks\.', 'stages.'),
-    (r'^stem\.(cconv|norm)1', r'stem.\1'),
-    (r'\.cconv(\d?)s\.', r'.conv\1.small.'),
-    (r'\.cconv(\d?)\.Kernel\.', r'.conv\1.large.kernel.'),
-    (r'\.norm(\d?)s\.', r'.conv\1.small_norm.'),
-    (r'\.norm(\d?)\.', r'.conv\1.large_norm.'),
-    (r'\.shortcut\.0\.', '.shortcut.'),
-    (r'^out_layer\.', 'head.fc.'),
-)
-_FIRST_LAYER = ('stem.conv.large.kernel.weights', 'stem.conv.small.weight', 'stem.conv.weight')
-
-
-def convert_checkpoint(state_dict: Dict[str, Any], model: SMPConvCifar) -> Dict[str, torch.Tensor]:
-    """Brings a checkpoint, in this package's layout or in that of the reference, into this package's layout."""
-    state_dict = convert_reference(state_dict, _REFERENCE_RULES)
-    classifier = state_dict.get('head.fc.weight')
-    if classifier is not None and classifier.ndim == 4:  # a 1x1 convolution in the reference
-        state_dict['head.fc.weight'] = classifier.flatten(1)
-    return state_dict
-
-
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: SMPConvCifar) -> Dict[str, torch.Tensor]:
-    """Accepts this package's layout and the reference layout, for any number of input channels."""
-    return adapt_input_channels(convert_checkpoint(state_dict, model), model.in_chans, _FIRST_LAYER)
+    @torch.jit.ignore
+    def convert_checkpoint(self, checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
+        """See LargeKernelNet."""
+        state_dict = super().convert_checkpoint(checkpoint)
+        classifier = state_dict.get('head.fc.weight')
+        if classifier is not None and classifier.ndim == 4:  # a 1x1 convolution in the reference
+            state_dict['head.fc.weight'] = classifier.flatten(1)
+        return state_dict
 
 
 def _create_smpconv_cifar(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     num_stages = len(kwargs.get('dims', range(8))) - 1
-    return build(SMPConvCifar, variant, pretrained, checkpoint_filter_fn, num_stages=num_stages, **kwargs)
+    return build(SMPConvCifar, variant, pretrained, num_stages=num_stages, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(
     {
-        'smpconv_cifar.c10': cfg(
+        'smpconv_cifar.c10': small_cfg(
             'smpconv_cifar.c10',
-            num_classes=10,
             input_size=(3, 32, 32),
-            pool_size=(32, 32),
-            crop_pct=1.0,
-            interpolation='bilinear',
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
             first_conv='stem.conv.small',
         ),
     }

@@ -5,6 +5,7 @@ from typing import Any, Dict, Optional, Sequence
 
 import numpy as np
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple
 from timm.models import checkpoint, generate_default_cfgs, register_model, register_notrace_function
 from torch import nn
@@ -12,8 +13,7 @@ from torch import nn
 from ..layers import RepSMPConv1d
 from ..ops import to_fast_format
 from ._base import LargeKernelNet
-from ._builder import build, cfg
-from ._checkpoint import adapt_input_channels, convert_reference
+from ._builder import build, small_cfg
 
 __all__ = ['SMPConvSeq']
 
@@ -132,7 +132,6 @@ class SequenceHead(nn.Module):
         """
         super().__init__()
         self.in_features = in_features
-        self.pool_type = pool_type
         self.reset(num_classes, pool_type)
         self.to(device=device, dtype=dtype)
 
@@ -168,6 +167,23 @@ class SMPConvSeq(LargeKernelNet):
 
     Feature maps keep the layout of the input. The kernels keep their number of taps whatever the length of the input.
     """
+
+    reference_rules = (
+        (r'^backbone\.', 'stages.'),
+        (r'\.cconv(\d)s\.', r'.conv\1.small.'),
+        (r'\.cconv(\d)\.Kernel\.', r'.conv\1.large.kernel.'),
+        (r'\.cconv(\d)\.bias$', r'.conv\1.large.bias'),
+        (r'\.norm(\d)s\.', r'.conv\1.small_norm.'),
+        (r'\.norm(\d)\.', r'.conv\1.large_norm.'),
+        (r'\.shortcut\.0\.', '.shortcut.'),
+        (r'^finallyr\.', 'head.fc.'),
+    )
+    first_layer = (
+        'stages.0.conv1.large.kernel.weights',
+        'stages.0.conv1.small.weight',
+        'stages.0.conv1.weight',
+        'stages.0.shortcut.weight',
+    )
 
     def __init__(
         self,
@@ -212,6 +228,9 @@ class SMPConvSeq(LargeKernelNet):
             input_drop_rate: Dropout rate of the input.
             permutation: Fixed order in which the time steps are read; None for their own order.
             inference_mode: Build the deployed form.
+
+        Raises:
+            ValueError: An argument is out of range, or the permutation is none.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_classes, in_chans, sequence=True)
@@ -250,31 +269,19 @@ class SMPConvSeq(LargeKernelNet):
         if inference_mode:
             self.eval().reparameterize().train()
 
+    @torch.jit.ignore
+    def convert_checkpoint(self, checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
+        """See LargeKernelNet.
 
-_REFERENCE_RULES = (
-    (r'^backbone\.', 'stages.'),
-    (r'\.cconv(\d)s\.', r'.conv\1.small.'),
-    (r'\.cconv(\d)\.Kernel\.', r'.conv\1.large.kernel.'),
-    (r'\.cconv(\d)\.bias$', r'.conv\1.large.bias'),
-    (r'\.norm(\d)s\.', r'.conv\1.small_norm.'),
-    (r'\.norm(\d)\.', r'.conv\1.large_norm.'),
-    (r'\.shortcut\.0\.', '.shortcut.'),
-    (r'^finallyr\.', 'head.fc.'),
-)
-_FIRST_LAYER = tuple(
-    f'stages.0.{name}'
-    for name in ('conv1.large.kernel.weights', 'conv1.small.weight', 'conv1.weight', 'shortcut.weight')
-)
-
-
-def convert_checkpoint(state_dict: Dict[str, Any], model: SMPConvSeq) -> Dict[str, torch.Tensor]:
-    """Brings a checkpoint, in this package's layout or in that of the reference, into this package's layout."""
-    state_dict = convert_reference(state_dict, _REFERENCE_RULES)
-    if 'stem.permute.permutation' in model.state_dict():  # not part of the reference checkpoint
-        order = state_dict.setdefault('stem.permute.permutation', model.stem.permute.permutation)
-        if not order.is_meta and sorted(order.flatten().tolist()) != list(range(order.numel())):
-            raise ValueError('stem.permute.permutation is no order of the steps: each must occur once.')
-    return state_dict
+        Raises:
+            ValueError: The checkpoint permutes the steps, and not each to one place.
+        """
+        state_dict = super().convert_checkpoint(checkpoint)
+        if 'stem.permute.permutation' in self.state_dict():  # not part of the reference checkpoint
+            order = state_dict.setdefault('stem.permute.permutation', self.stem.permute.permutation)
+            if not order.is_meta and sorted(order.flatten().tolist()) != list(range(order.numel())):
+                raise ValueError('stem.permute.permutation is no order of the steps: each must occur once.')
+        return state_dict
 
 
 def change_rate(state_dict: Dict[str, torch.Tensor], model: SMPConvSeq, ratio: float) -> Dict[str, torch.Tensor]:
@@ -300,90 +307,38 @@ def change_rate(state_dict: Dict[str, torch.Tensor], model: SMPConvSeq, ratio: f
     return changed
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: SMPConvSeq) -> Dict[str, torch.Tensor]:
-    """Accepts this package's layout and the reference layout, for any number of input channels."""
-    return adapt_input_channels(convert_checkpoint(state_dict, model), model.in_chans, _FIRST_LAYER)
-
-
 def _create_smpconv_seq(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return build(SMPConvSeq, variant, pretrained, checkpoint_filter_fn, num_stages=kwargs.get('depth', 6), **kwargs)
-
-
-def _cfg(name: str, **kwargs: Any) -> Dict[str, Any]:
-    return cfg(
-        name,
-        **{
-            'num_classes': 10,
-            'pool_size': kwargs['input_size'][1:],
-            'crop_pct': 1.0,
-            'interpolation': 'bilinear',
-            'first_conv': 'stages.0.conv1.small',
-            **kwargs,
-        },
-    )
+    return build(SMPConvSeq, variant, pretrained, num_stages=kwargs.get('depth', 6), **kwargs)
 
 
 # of the MFCC that the bundled weights were trained on
+# fmt: off
 _MFCC_MEAN = (
-    -70.3263,
-    8.61471,
-    -1.9854,
-    -0.94047,
-    -3.74092,
-    -1.85378,
-    -2.36257,
-    -1.51127,
-    -1.985,
-    -0.929747,
-    -1.76203,
-    -0.745896,
-    -1.47862,
-    -0.224156,
-    -0.875514,
-    0.00294013,
-    -0.373899,
-    0.332484,
-    -0.258449,
-    0.302848,
+    -70.3263, 8.61471, -1.9854, -0.94047, -3.74092, -1.85378, -2.36257, -1.51127, -1.985, -0.929747,
+    -1.76203, -0.745896, -1.47862, -0.224156, -0.875514, 0.00294013, -0.373899, 0.332484, -0.258449, 0.302848,
 )
 _MFCC_STD = (
-    28.4267,
-    10.9323,
-    6.7431,
-    4.60346,
-    4.98693,
-    3.82529,
-    3.30089,
-    2.87707,
-    2.63112,
-    2.35461,
-    2.26225,
-    2.04598,
-    2.03876,
-    1.77231,
-    1.74975,
-    1.58609,
-    1.48364,
-    1.40201,
-    1.34926,
-    1.27189,
+    28.4267, 10.9323, 6.7431, 4.60346, 4.98693, 3.82529, 3.30089, 2.87707, 2.63112, 2.35461,
+    2.26225, 2.04598, 2.03876, 1.77231, 1.74975, 1.58609, 1.48364, 1.40201, 1.34926, 1.27189,
 )
+# fmt: on
 _MNIST = dict(input_size=(1, 28, 28), mean=(0.1307,), std=(0.3081,))
 
 default_cfgs = generate_default_cfgs(
     {
-        'smpconv_seq_mnist.smnist': _cfg('smpconv_seq_mnist.smnist', **_MNIST),
-        'smpconv_seq_pmnist.pmnist': _cfg('smpconv_seq_pmnist.pmnist', **_MNIST, fixed_input_size=True),
-        'smpconv_seq_cifar.scifar10': _cfg(
-            'smpconv_seq_cifar.scifar10', input_size=(3, 32, 32), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
-        ),
-        'smpconv_seq_chartraj.ct': _cfg(
-            'smpconv_seq_chartraj.ct', input_size=(3, 1, 182), num_classes=20, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
-        ),
-        'smpconv_seq_speech.sc': _cfg('smpconv_seq_speech.sc', input_size=(20, 1, 161), mean=_MFCC_MEAN, std=_MFCC_STD),
-        'smpconv_seq_speech_raw.sc_raw': _cfg(
-            'smpconv_seq_speech_raw.sc_raw', input_size=(1, 1, 16000), mean=(0.0,), std=(1.0,)
-        ),
+        name: small_cfg(name, first_conv='stages.0.conv1.small', **settings)
+        for name, settings in {
+            'smpconv_seq_mnist.smnist': _MNIST,
+            'smpconv_seq_pmnist.pmnist': dict(_MNIST, fixed_input_size=True),
+            'smpconv_seq_cifar.scifar10': dict(
+                input_size=(3, 32, 32), mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD
+            ),
+            'smpconv_seq_chartraj.ct': dict(
+                input_size=(3, 1, 182), num_classes=20, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+            ),
+            'smpconv_seq_speech.sc': dict(input_size=(20, 1, 161), mean=_MFCC_MEAN, std=_MFCC_STD),
+            'smpconv_seq_speech_raw.sc_raw': dict(input_size=(1, 1, 16000), mean=(0.0,), std=(1.0,)),
+        }.items()
     }
 )
 
