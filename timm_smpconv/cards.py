@@ -2,11 +2,12 @@
 
 from typing import Any, Dict, NamedTuple, Optional
 
+from timm.models import split_model_name_tag
 from torch import nn
 
 from .catalog import describe_models
 from .classes import CLASS_NAMES
-from .tasks import TASKS
+from .tasks import task_of
 from .weights import WEIGHTS, Weights, hub_repo, wilson
 
 __all__ = ['PLACEHOLDER', 'evaluation_table', 'file_table', 'model_card', 'model_table', 'replace_section']
@@ -57,7 +58,7 @@ _DATASETS = {
     'sc': 'google/speech_commands',
     'sc_raw': 'google/speech_commands',
 }
-_TASKS = {'sc': 'audio-classification', 'sc_raw': 'audio-classification', 'ct': 'other'}
+_PIPELINE_TAGS = {'sc': 'audio-classification', 'sc_raw': 'audio-classification', 'ct': 'other'}
 
 _COMMANDS = 'voice control where a mistake matters: it knows ten English words, and takes any sound for one of them'
 _NOT_FOR = {
@@ -102,7 +103,7 @@ def evaluation_table() -> str:
     for name, weights in WEIGHTS.items():
         if weights.correct is None or weights.tested is None:
             continue
-        command = f'`timm-smpconv validate --model {name.partition(".")[0]} --data data`'
+        command = f'`timm-smpconv validate --model {split_model_name_tag(name)[0]} --data data`'
         lines.append(
             f'| {name} | {_test_data(weights)} | {_measured(weights)} | {_interval(weights)} | {command} | '
             f'{weights.paper_accuracy:.2f} % | {weights.note} |'
@@ -130,7 +131,7 @@ def _measured(weights: Weights) -> str:
 
 def _interval(weights: Weights) -> str:
     assert weights.correct is not None and weights.tested is not None
-    low, high = wilson(weights.correct, weights.tested)
+    low, high = wilson(weights.correct, weights.tested, weights.effect)
     return f'{100 * low:.2f} to {100 * high:.2f} %'
 
 
@@ -158,14 +159,14 @@ def model_card(
     Returns:
         Markdown.
     """
-    architecture, _, tag = name.partition('.')
+    architecture, tag = split_model_name_tag(name)
     prefix = architecture.partition('_')[0]
     family = _FAMILIES[prefix]
     cfg = model.pretrained_cfg
     weights = WEIGHTS.get(name)
     own = weights is not None and provenance is None
     known = own or (weights is not None and measured)  # else it may be a network fine-tuned on anything
-    task = _TASKS.get(tag, 'image-classification')
+    task = _PIPELINE_TAGS.get(tag, 'image-classification')
     images = task == 'image-classification'
     license = license or (known and cfg.get('license')) or 'unknown'
     meta = ['---', f'license: {license}', 'library_name: timm', f'pipeline_tag: {task}', 'tags:']
@@ -272,7 +273,7 @@ def model_card(
         f'Not for {_NOT_FOR.get(tag, "use without a test on data of your own")}.',
         'There is no class for "none of these", and the probabilities are not calibrated.',
     ]
-    fed = TASKS.get(architecture)
+    fed = task_of(architecture)
     if fed and fed.stepwise and not (weights is not None and weights.bundled and known):
         lines += [
             "The authors' own networks for these data want inputs that are normalised in each time step, with "

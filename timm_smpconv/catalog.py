@@ -6,12 +6,21 @@ from typing import List, Optional, Tuple
 
 import timm
 import torch
+from timm.models import split_model_name_tag
 from torch import nn
 
 from .layers import PeripheralConv2d, SMPConv1d, SMPConv2d
 from .weights import WEIGHTS
 
-__all__ = ['ModelInfo', 'count_macs', 'describe_models', 'model_names']
+__all__ = [
+    'ModelInfo',
+    'check_known',
+    'count_macs',
+    'describe_models',
+    'full_name',
+    'model_names',
+    'weights_names',
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +61,32 @@ def model_names() -> List[str]:
     package = __package__ + '.'
     names = timm.list_models(['pelk*', 'smpconv*'])
     return [name for name in names if timm.model_entrypoint(name).__module__.startswith(package)]
+
+
+def weights_names(name: str) -> List[str]:
+    """`model.tag` of all weights for the network of `model` or `model.tag`."""
+    architecture = split_model_name_tag(name)[0]
+    return [key for key in WEIGHTS if split_model_name_tag(key)[0] == architecture]
+
+
+def full_name(name: str) -> str:
+    """`model.tag` of what `model` or `model.tag` of this package selects."""
+    return f'{split_model_name_tag(name)[0]}.{timm.get_pretrained_cfg(name).tag}'
+
+
+def check_known(name: str) -> None:
+    """Checks that `model` or `model.tag` is of this package.
+
+    Raises:
+        ValueError: It is not.
+    """
+    architecture, tag = split_model_name_tag(name)
+    if architecture not in model_names():
+        raise ValueError(f'Unknown model {name!r}: expected one of {", ".join(model_names())}.')
+    if tag and name not in weights_names(name):
+        raise ValueError(
+            f'Unknown weights {name!r}: expected {architecture} or one of {", ".join(weights_names(name))}.'
+        )
 
 
 def count_macs(model: nn.Module, input_size: Tuple[int, ...]) -> int:
@@ -100,15 +135,13 @@ def describe_models() -> List[ModelInfo]:
     for name in model_names():
         model = timm.create_model(name, device='meta')
         params = sum(p.numel() for p in model.parameters())
-        for key, weights in WEIGHTS.items():
-            architecture, _, tag = key.partition('.')
-            if architecture != name:
-                continue
+        for key in weights_names(name):
+            weights = WEIGHTS[key]
             cfg = timm.get_pretrained_cfg(key)
             infos.append(
                 ModelInfo(
                     name=name,
-                    tag=tag,
+                    tag=cfg.tag,
                     params=params,
                     macs=count_macs(model, cfg.input_size),
                     input_size=tuple(cfg.input_size),

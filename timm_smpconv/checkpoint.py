@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ._files import read_metadata
+from ._text import one_line
 from .catalog import model_names
 from .models._base import LargeKernelNet
 from .models._checkpoint import unwrap_checkpoint
@@ -33,6 +34,7 @@ __all__ = [
     'fit_checkpoint',
     'read_checkpoint',
     'records_settings',
+    'table_name',
 ]
 
 WEIGHTS_FILE, DEPLOYED_FILE = 'model.safetensors', 'deployed.safetensors'  # of a folder for the Hub
@@ -75,11 +77,13 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
         try:
             tensors = dict(load_file(path))
         except (SafetensorError, ValueError, OSError, RuntimeError) as e:
-            raise CheckpointError(f'{path} is a damaged safetensors file ({_short(e)}): fetch it again.') from e
+            raise CheckpointError(f'{path} is a damaged safetensors file ({one_line(e)}): fetch it again.') from e
         try:
             architecture = read_metadata(path).get('architecture')  # of `timm-smpconv train`
         except (AttributeError, ValueError, RecursionError):  # written by somebody else
             architecture = None
+        if not tensors:
+            raise CheckpointError(f'{path} is empty: expected weights.')
         return dict(state_dict=tensors, arch=architecture) if isinstance(architecture, str) else tensors
     _check_archive(path)
     try:
@@ -91,17 +95,19 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
     except pickle.UnpicklingError as e:
         raise CheckpointError(
             f'{path} holds more than tensors and plain values, or is damaged or no checkpoint: it is not unpickled, '
-            f'because that could run code ({_short(e)}). Expected safetensors, or a state dict saved by torch.save.'
+            f'because that could run code ({one_line(e)}). Expected safetensors, or a state dict saved by torch.save.'
         ) from e
     except Exception as e:  # the parsers of torch fail in any way on damaged files
         raise CheckpointError(
-            f'{path} is damaged, or no checkpoint ({type(e).__name__}: {_short(e)}): expected safetensors or what '
+            f'{path} is damaged, or no checkpoint ({type(e).__name__}: {one_line(e)}): expected safetensors or what '
             f'torch.save writes.'
         ) from e
     if not isinstance(checkpoint, dict):
         raise CheckpointError(
             f'{path} holds a {type(checkpoint).__name__}: expected a state dict, or a dictionary with one.'
         )
+    if not checkpoint:
+        raise CheckpointError(f'{path} is empty: expected weights.')
     return checkpoint
 
 
@@ -125,7 +131,7 @@ def fit_checkpoint(checkpoint: Dict[str, Any], model: LargeKernelNet, what: str)
     try:
         state_dict = model.convert_checkpoint(state_dict)
     except (RuntimeError, ValueError, IndexError, KeyError) as e:
-        raise CheckpointError(f'{what} does not fit {_name(model)}: {_short(e)}') from e
+        raise CheckpointError(f'{what} does not fit {_name(model)}: {one_line(e)}') from e
     found = differences(state_dict, model)
     if found:
         listed = ''.join(f'\n  {line}' for line in found[:_MAX_LISTED])
@@ -229,13 +235,22 @@ def _beside(path: Path) -> Dict[str, Any]:
     return {}
 
 
+def table_name(path: Path) -> Optional[str]:
+    """`model.tag` of a file that is one of the table of weights, wherever it lies; None if it is none of them.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    size = path.stat().st_size
+    alike = [name for name, weights in WEIGHTS.items() if weights.size == size]
+    sha256 = file_sha256(path) if alike else None
+    return next((name for name in alike if WEIGHTS[name].sha256 == sha256), None)
+
+
 def _of_the_table(path: Path) -> Dict[str, Any]:
-    """What is known of the weights of this package, under any name."""
-    for name, weights in WEIGHTS.items():
-        if path.stat().st_size == weights.size and file_sha256(path) == weights.sha256:
-            cfg = timm.get_pretrained_cfg(name)
-            return dict(mean=cfg.mean, std=cfg.std, input_size=cfg.input_size)
-    return {}
+    name = table_name(path)
+    cfg = timm.get_pretrained_cfg(name) if name else None
+    return dict(mean=cfg.mean, std=cfg.std, input_size=cfg.input_size) if cfg else {}
 
 
 def _recorded(path: Path, checkpoint: Optional[Dict[str, Any]]) -> Dict[str, Any]:
@@ -263,7 +278,7 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(info.file_size for info in archive.infolist())
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, EOFError) as e:
-        raise CheckpointError(f'{path} is a damaged or incomplete checkpoint ({_short(e)}): fetch it again.') from e
+        raise CheckpointError(f'{path} is a damaged or incomplete checkpoint ({one_line(e)}): fetch it again.') from e
     if unpacked > path.stat().st_size:
         raise CheckpointError(f'{path} is compressed, which torch.save does not do: refused, unpack it yourself.')
 
@@ -294,9 +309,3 @@ def _state_dict(checkpoint: Dict[str, Any], what: str) -> Dict[str, torch.Tensor
 
 def _name(model: nn.Module) -> str:
     return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
-
-
-def _short(error: Exception) -> str:
-    text = ' '.join(str(error).split()) or type(error).__name__
-    text = ''.join(c if c.isprintable() else '?' for c in text)
-    return text if len(text) <= 160 else text[:157] + '...'

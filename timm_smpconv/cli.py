@@ -12,21 +12,20 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import timm
 import torch
-from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .catalog import ModelInfo, describe_models
+from .catalog import ModelInfo, check_known, describe_models
 from .confusion import MAX_CLASSES, draw_confusion
 from .convert import convert
 from .data import DATA_SETS, prepare
-from .predict import FileResult, check_inputs, check_known, check_takes_files, load_model, predict_files
+from .predict import FileResult, check_inputs, check_takes_files, load_model, predict_files
 from .publish import push, verify
 from .recipe import Recipe, field_texts, read_recipe
 from .train import check_trainable, train
 from .validate import validate
 from .version import __version__
-from .weights import WeightsError, wilson
+from .weights import WeightsError
 
 __all__ = ['main']
 
@@ -47,6 +46,15 @@ def _user_errors(*types: type, join: bool = True) -> Iterator[None]:
         yield
     except types as e:
         raise _CommandError(_one_line(str(e)) if join else str(e)) from e
+
+
+@contextlib.contextmanager
+def _own_weights() -> Iterator[None]:
+    """Adds to the failures of a model's own weights what this command line can do about them."""
+    try:
+        yield
+    except WeightsError as e:
+        raise _CommandError(_one_line(f'{e} On this command line: --checkpoint-path PATH.')) from e
 
 
 def _one_line(text: str) -> str:
@@ -271,20 +279,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _load(args: argparse.Namespace) -> nn.Module:
-    with _user_errors(ValueError):
-        try:
-            return load_model(args.model, args.checkpoint_path)
-        except WeightsError as e:
-            raise _CommandError(_one_line(f'{e} On this command line: --checkpoint-path PATH.')) from e
-
-
 def _predict(args: argparse.Namespace) -> int:
     with _user_errors(ValueError):
         check_known(args.model)
         check_takes_files(args.model, args.invert)
-        check_inputs(args.model, args.checkpoint_path)
-    model = _load(args)
+        with _own_weights():
+            check_inputs(args.model, args.checkpoint_path)
+            model = load_model(args.model, args.checkpoint_path)
     results: List[FileResult] = []
     bar = tqdm(
         predict_files(model, args.files, args.topk, args.invert),
@@ -353,14 +354,11 @@ def _validate(args: argparse.Namespace) -> int:
         classes = timm.get_pretrained_cfg(args.model).num_classes
         if args.confusion and classes > MAX_CLASSES:
             raise ValueError(f'--confusion draws at most {MAX_CLASSES} classes, {args.model} has {classes}.')
-        try:
+        with _own_weights():
             result = validate(
                 args.model, args.data_dir, args.checkpoint_path, sys.stderr.isatty(), args.step_statistics
             )
-        except WeightsError as e:
-            raise _CommandError(_one_line(f'{e} On this command line: --checkpoint-path PATH.')) from e
-        hits, total = result.hits, result.total
-        low, high = wilson(hits, total)
+        hits, total, (low, high) = result.hits, result.total, result.interval
         accuracy = 100 * hits / total
         summary = f'{hits} of {total} test samples right, {accuracy:.2f} %'
     if args.json:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, Optional, Union
@@ -17,10 +18,10 @@ from torch import nn
 from . import store
 from ._files import save_tensors, write_text
 from .cards import model_card
+from .catalog import check_known, full_name
 from .checkpoint import DEPLOYED_FILE, WEIGHTS_FILE, carried_settings, fit_checkpoint, read_checkpoint
 from .models._base import LargeKernelNet
-from .predict import check_known
-from .tasks import TASKS
+from .tasks import task_of
 from .weights import WEIGHTS
 
 __all__ = ['FILES', 'TENSORS_FILE', 'Converted', 'convert', 'write_config']
@@ -39,7 +40,7 @@ class Converted:
         name: `model.tag`.
         folder: Hub-ready folder, if one was asked for.
         installed: File in the local store, if that was asked for.
-        sha256: Hash of model.safetensors.
+        sha256: Hash of model.safetensors in the folder; of the installed file if there is no folder.
     """
 
     name: str
@@ -109,16 +110,20 @@ def convert(
     if not isinstance(model, LargeKernelNet):
         raise ValueError(f'Cannot convert {name} with {model_kwargs}: expected arguments of the network itself.')
     model.load_state_dict(fit_checkpoint(checkpoint, model, str(file)))
-    model.pretrained_cfg['num_classes'] = model.num_classes
+    size = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
+    model.pretrained_cfg.update(num_classes=model.num_classes, input_size=size)
+    for key in ('mean', 'std'):  # of a network of other channels, as timm's loaders read them
+        values = model.pretrained_cfg[key]
+        if len(values) not in (1, model.in_chans):
+            model.pretrained_cfg[key] = (statistics.mean(values),) * model.in_chans
     carried = carried_settings(file, model.in_chans, checkpoint)
-    size = tuple(model.pretrained_cfg['input_size'])
     if install and tuple(carried.get('input_size', size)) != size:
         raise ValueError(
             f'{file} is of inputs of size {carried["input_size"]}: only weights for the size of the model, {size}, can '
             f'be installed.'
         )
     model.pretrained_cfg.update(carried)
-    task = TASKS.get(name.partition('.')[0])
+    task = task_of(name)
     if task and task.stepwise and not carried:
         _logger.warning(
             '%s does not say how its inputs were normalised: the configuration gets the mean and std of the weights of '
@@ -127,7 +132,7 @@ def convert(
             file,
         )
 
-    name = f'{name.partition(".")[0]}.{model.pretrained_cfg["tag"]}'
+    name = full_name(name)
     source_sha256 = store.file_sha256(file)
     with tempfile.TemporaryDirectory() as temporary:
         weights = Path(temporary) / WEIGHTS_FILE
@@ -142,6 +147,7 @@ def convert(
         if install:
             if carried:  # beside it there is no config.json
                 save_tensors(weights, model.state_dict(), carried)
+                sha256 = sha256 if folder else store.file_sha256(weights)
             with store.lock(name):
                 installed = store.install(name, weights, file.name, source_sha256, by_hand=True)
     return Converted(name, folder, installed, sha256)
@@ -224,8 +230,6 @@ def _sample_tensors(model: nn.Module) -> Dict[str, torch.Tensor]:
     """A random input and its outputs, as timm keeps them beside weights on the Hub."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, *model.pretrained_cfg['input_size'], generator=generator)
-    if x.shape[1] != model.in_chans:
-        x = torch.randn(2, model.in_chans, *x.shape[2:], generator=generator)
     features = model.forward_features(x)
     tensors = dict(
         input=x, output=model(x), features=features, pre_logits=model.forward_head(features, pre_logits=True)

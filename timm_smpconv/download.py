@@ -3,7 +3,6 @@
 import html.parser
 import http.client
 import logging
-import re
 import time
 import urllib.error
 import urllib.parse
@@ -14,8 +13,9 @@ from typing import Dict, List, Optional, Tuple
 from tqdm import tqdm
 
 from ._files import write_text
+from ._text import one_line, without_password
 
-__all__ = ['TIMEOUT', 'DownloadError', 'download', 'one_line', 'without_password']
+__all__ = ['TIMEOUT', 'DownloadError', 'download']
 
 _logger = logging.getLogger(__name__)
 
@@ -74,7 +74,10 @@ def download(url: str, path: Path, what: str, progress: bool = True) -> None:
 def _continue_download(url: str, path: Path, what: str, progress: bool) -> Optional[str]:
     """One connection. Returns None once the file is complete, or the address that the form on a page leads to."""
     have = path.stat().st_size if path.exists() else 0
-    request = urllib.request.Request(url, headers={'User-Agent': 'timm_smpconv'})
+    try:
+        request = urllib.request.Request(url, headers={'User-Agent': 'timm_smpconv'})
+    except ValueError as e:
+        raise DownloadError(f'{without_password(url)!r} is no address ({one_line(e)}).') from e
     version = _version_path(path)
     if have and _can_go_on(path):
         request.add_header('Range', f'bytes={have}-')
@@ -117,6 +120,8 @@ def _continue_download(url: str, path: Path, what: str, progress: bool) -> Optio
         raise DownloadError(
             f'no connection to {urllib.parse.urlsplit(url).netloc} ({e.reason}): check the network.'
         ) from e
+    except ValueError as e:  # of an address that cannot be one: a label of its host that is empty, or too long
+        raise DownloadError(f'{without_password(url)!r} is no address ({one_line(e)}).') from e
     except (http.client.HTTPException, ConnectionError, TimeoutError) as e:
         raise _Broken(f'the connection broke off ({one_line(e)})') from e
 
@@ -195,13 +200,3 @@ def _answer_form(page: str, url: str) -> str:
     if urllib.parse.urlsplit(action).scheme not in ('http', 'https'):
         raise DownloadError(f'the page in place of the file leads to {action!r}.')
     return f'{action}?{urllib.parse.urlencode(form.fields)}'
-
-
-def without_password(text: str) -> str:
-    """A text without the user and password of the addresses in it."""
-    return re.sub(r'(?<=//)[^/@\s]+@', '', text)
-
-
-def one_line(error: BaseException) -> str:
-    text = without_password(' '.join(str(error).split())) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + '...'

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Union
 
 import timm
+from timm.models import parse_model_name
 from torch import nn
 
+from ._text import one_line
 from .fetch import from_hub, hub_file
 from .weights import WeightsError
 
 __all__ = ['check_config', 'create_model']
 
-_HUB, _FOLDER = ('hf-hub:', 'hf_hub:'), ('local-dir:', 'local_dir:')
 _LARGEST = 1 << 20  # taps, channels or pixels in a configuration: more would fill the memory
 
 
@@ -36,15 +37,15 @@ def create_model(
 
     Raises:
         WeightsError: The source has no usable configuration or weights.
+        ValueError: The name has an unknown prefix, or nothing after it.
     """
-    hub_id = ''
-    if model_name.startswith(_HUB):
-        hub_id = model_name[len(_HUB[0]) :]
-        folder = hub_file(hub_id, 'config.json', cache_dir).parent
+    source, model_id = parse_model_name(model_name)
+    if source == 'hf-hub':
+        folder = hub_file(model_id, 'config.json', cache_dir).parent
         if pretrained:
-            from_hub(hub_id, cache_dir=cache_dir, what=model_name)
-    elif model_name.startswith(_FOLDER):
-        folder = Path(model_name[len(_FOLDER[0]) :])
+            from_hub(model_id, cache_dir=cache_dir, what=model_name)
+    elif source == 'local-dir':
+        folder = Path(model_id)
         if not (folder / 'config.json').is_file():
             raise WeightsError(
                 f'Cannot load {model_name}: {folder} has no config.json. Make it with timm-smpconv convert.'
@@ -59,11 +60,11 @@ def create_model(
         raise
     except Exception as e:  # configurations and weights of unknown contents fail in any way
         raise WeightsError(
-            f'Cannot load {model_name}: {type(e).__name__}: {" ".join(str(e).split())[:300]} Its config.json and '
+            f'Cannot load {model_name}: {type(e).__name__}: {one_line(e, 300)} Its config.json and '
             f'weights do not belong together, or not to the arguments {kwargs}. Make them with timm-smpconv convert.'
         ) from e
-    if hub_id:
-        model.pretrained_cfg.update(source='hf-hub', hf_hub_id=hub_id, file=None)
+    if source == 'hf-hub':
+        model.pretrained_cfg.update(source='hf-hub', hf_hub_id=model_id, file=None)
     return model
 
 

@@ -10,15 +10,14 @@ import logging
 import os
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import timm
 import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import (
     EntryNotFoundError,
     GatedRepoError,
@@ -28,15 +27,18 @@ from huggingface_hub.utils import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
+from timm.models import split_model_name_tag
 
 from . import store
 from ._files import save_tensors
+from ._text import one_line, without_password
+from .catalog import full_name, weights_names
 from .checkpoint import FLOATS, WEIGHTS_FILE, CheckpointError, fit_checkpoint, read_checkpoint
-from .download import TIMEOUT, DownloadError, download, one_line, without_password
+from .download import TIMEOUT, DownloadError, download
+from .models._checkpoint import unwrap_checkpoint
 from .weights import WEIGHTS, WeightsError, bundled_path, hub_repo
 
-__all__ = ['from_hub', 'hub_cause', 'hub_file', 'locate']
+__all__ = ['from_hub', 'hub_cause', 'hub_file', 'locate', 'own_weights']
 
 _logger = logging.getLogger(__name__)
 
@@ -53,11 +55,12 @@ def locate(name: str, cfg: Dict[str, Any], cache_dir: Optional[Union[str, Path]]
 
     Args:
         name: `model.tag`.
-        cfg: Resolved pretrained configuration. A `state_dict`, `url` or `file` of the caller is left to timm.
+        cfg: Resolved pretrained configuration. A `state_dict` or `url` of the caller is left to timm.
         cache_dir: Cache of the Hub in place of the usual one.
 
     Returns:
-        File of weights to load, checked; None if the configuration names a source that timm loads itself.
+        File of weights to load, checked unless it is the caller's; None if the configuration names a source that timm
+        loads itself.
 
     Raises:
         WeightsError: There are no weights; names the model, all sources, their causes and the remedy.
@@ -67,15 +70,29 @@ def locate(name: str, cfg: Dict[str, Any], cache_dir: Optional[Union[str, Path]]
         return _from_folder(name, Path(file))
     if source == 'hf-hub' or (cfg.get('hf_hub_id') and not file and not cfg.get('state_dict')):
         return from_hub(cfg['hf_hub_id'], cfg.get('hf_hub_filename'), cache_dir=cache_dir, what=name)
-    if cfg.get('state_dict') or cfg.get('url') or (file and Path(file) != _bundled(name)):
+    if cfg.get('state_dict') is not None:
+        if not cfg['state_dict']:  # timm would take other weights in its place
+            raise WeightsError(f'Cannot load {name}: the state_dict given for it is empty.')
         return None
-    return _from_chain(name, cache_dir)
+    if file and Path(file) != _bundled(name):
+        return Path(file)
+    return None if cfg.get('url') else _from_chain(name, cache_dir)
+
+
+def own_weights(name: str) -> Path:
+    """File that `pretrained=True` loads for `model` or `model.tag` of this package.
+
+    Raises:
+        WeightsError: There is none.
+    """
+    path = locate(full_name(name), timm.get_pretrained_cfg(name).to_dict())
+    assert path is not None  # no configuration of this package leaves its weights to timm
+    return path
 
 
 def from_hub(
     hub_id: str,
     filename: Optional[str] = None,
-    sha256: Optional[str] = None,
     cache_dir: Optional[Union[str, Path]] = None,
     what: Optional[str] = None,
 ) -> Path:
@@ -84,7 +101,6 @@ def from_hub(
     Args:
         hub_id: `ORG/NAME`, or `ORG/NAME@REVISION`.
         filename: File in the repository; None for model.safetensors, else pytorch_model.bin.
-        sha256: Hash that the file must have; None for that which the Hub announces.
         cache_dir: Cache of the Hub in place of the usual one.
         what: Name of the weights for messages.
 
@@ -95,7 +111,7 @@ def from_hub(
         WeightsError: It cannot be had, or is damaged.
     """
     try:
-        return _from_hub(hub_id, filename, sha256, cache_dir)
+        return _from_hub(hub_id, filename, None, cache_dir)
     except _Unavailable as e:
         raise WeightsError(
             f'Cannot load {what or "weights"} from hf-hub:{hub_id} ({without_password(constants.ENDPOINT)}): {e} '
@@ -121,23 +137,22 @@ def _bundled(name: str) -> Optional[Path]:
 
 
 def _from_folder(name: str, folder: Path) -> Optional[Path]:
-    """Weights of a local-dir: source: timm chooses the file, unless it is damaged."""
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        return None
-    try:
-        _check_readable(path)
-    except _Unavailable as e:
-        raise WeightsError(f'Cannot load {name} from local-dir:{folder}: {e} Convert or copy it again.') from e
-    return None
+    """Weights of a local-dir: source; None if they have a name that only timm may know."""
+    path = next((folder / file for file in (WEIGHTS_FILE, _PICKLED_FILE) if (folder / file).is_file()), None)
+    if path is not None:
+        try:
+            _check_readable(path)
+        except _Unavailable as e:
+            raise WeightsError(f'Cannot load {name} from local-dir:{folder}: {e} Convert or copy it again.') from e
+    return path
 
 
 def _from_chain(name: str, cache_dir: Optional[Union[str, Path]]) -> Path:
     weights = WEIGHTS.get(name)
     if weights is None:
         raise WeightsError(
-            f'No pretrained weights exist for {name}: expected one of {", ".join(_tags(name)) or "no tag"}. Train it, '
-            f'or use pretrained=False for random weights.'
+            f'No pretrained weights exist for {name}: expected one of {", ".join(weights_names(name)) or "no tag"}. '
+            f'Train it, or use pretrained=False for random weights.'
         )
     sources: List[Tuple[str, Callable[[], Path]]] = []
     if weights.bundled and not store.find(name, by_hand=True):
@@ -160,7 +175,7 @@ def _from_chain(name: str, cache_dir: Optional[Union[str, Path]]) -> Path:
     if weights.authors_file:
         remedy = (
             f'Download {weights.authors_url} in a browser and run `timm-smpconv convert FILE --model '
-            f'{name.partition(".")[0]} --install`'
+            f'{split_model_name_tag(name)[0]} --install`'
         )
     elif weights.bundled:
         remedy = 'Install the package again'
@@ -171,10 +186,6 @@ def _from_chain(name: str, cache_dir: Optional[Union[str, Path]]) -> Path:
         f'Cannot load the weights {name}: no source has them. {remedy}, or use pretrained=False for random weights. '
         f'Tried:{tried}'
     )
-
-
-def _tags(name: str) -> List[str]:
-    return [key for key in WEIGHTS if key.partition('.')[0] == name.partition('.')[0]]
 
 
 # --- bundled file and local store ---
@@ -347,7 +358,8 @@ def _download_from_hub(
         except Exception as e:  # raised below, in the thread that asked
             result.append(e)
 
-    blobs = Path(cache_dir or constants.HF_HUB_CACHE) / f'models--{repo.replace("/", "--")}' / 'blobs'
+    folder = repo_folder_name(repo_id=repo, repo_type='model')
+    blobs = Path(cache_dir or constants.HF_HUB_CACHE) / folder / 'blobs'
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     arrived, since = -1, time.monotonic()
@@ -393,20 +405,17 @@ def _check_hub_file(path: Path, sha256: Optional[str], size: Optional[int]) -> N
 
 def _check_readable(path: Path) -> None:
     """Checks what can be checked of a file without knowing its network."""
-    if path.suffix == '.safetensors':
+    if path.suffix in ('.safetensors', '.bin', '.pth', '.pt'):
         try:
-            with safe_open(path, 'pt') as file:
-                for key in file.keys():
-                    value = file.get_tensor(key)
-                    if value.dtype in FLOATS and not torch.isfinite(value).all():
-                        raise _Unavailable(f'{path.name} has values in {key} that are not finite.')
-        except (SafetensorError, OSError) as e:
-            raise _Unavailable(f'{path.name} is no intact safetensors file ({one_line(e)}).') from e
-    elif path.suffix in ('.bin', '.pth', '.pt'):
-        try:
-            read_checkpoint(path)
+            values = unwrap_checkpoint(read_checkpoint(path))
         except CheckpointError as e:
             raise _Unavailable(str(e)) from e
+        except (AttributeError, RecursionError) as e:
+            raise _Unavailable(f'{path.name} holds no state dict ({one_line(e)}).') from e
+        for key, value in values.items():
+            dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested
+            if dense and value.dtype in FLOATS and not torch.isfinite(value).all():
+                raise _Unavailable(f'{path.name} has values in {key} that are not finite.')
     elif path.suffix == '.json':
         try:
             json.loads(path.read_text(encoding='utf-8'))
@@ -421,13 +430,9 @@ def _set_hub_file_aside(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _status(error: BaseException) -> Optional[int]:
-    return getattr(getattr(error, 'response', None), 'status_code', None)
-
-
 def hub_cause(error: Exception, repo: str, filename: str = 'such file') -> str:
     """What went wrong on the way to the Hub, and what to do about it."""
-    status = _status(error)
+    status = getattr(getattr(error, 'response', None), 'status_code', None)
     if isinstance(error, GatedRepoError):
         return f'access to {repo} must be granted by its owner: ask on its page, and log in (`hf auth login`).'
     if isinstance(error, HFValidationError):
@@ -491,7 +496,7 @@ def _from_authors(name: str) -> Path:
 
 def _install_authors_file(name: str, file: Path) -> Path:
     checkpoint = read_checkpoint(file)
-    model = timm.create_model(name.partition('.')[0])
+    model = timm.create_model(split_model_name_tag(name)[0])
     state_dict = fit_checkpoint(checkpoint, model, f'the file of {name}')
     converted = file.with_name(f'{name}.converted')
     save_tensors(converted, state_dict)

@@ -11,11 +11,12 @@ import timm
 import torch
 from PIL import Image, ImageCms, ImageOps
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
+from timm.models import split_model_name_tag
 from torch import nn
 
-from . import store
+from ._text import one_line
 from .audio import load_second
-from .catalog import model_names
+from .catalog import check_known, model_names
 from .checkpoint import (
     CheckpointError,
     carried_settings,
@@ -24,14 +25,13 @@ from .checkpoint import (
     records_settings,
 )
 from .classes import CLASS_NAMES
-from .tasks import TASKS, network_input
-from .weights import WEIGHTS, bundled_path
+from .fetch import own_weights
+from .tasks import TASKS, network_input, task_of
 
 __all__ = [
     'FileResult',
     'Prediction',
     'check_inputs',
-    'check_known',
     'check_takes_files',
     'class_names',
     'load_image',
@@ -75,21 +75,6 @@ class FileResult:
     error: Optional[str] = None
 
 
-def check_known(name: str) -> None:
-    """Checks that `name` or `name.tag` is a model of this package.
-
-    Raises:
-        ValueError: It is not.
-    """
-    known = model_names()
-    architecture, _, tag = name.partition('.')
-    if architecture not in known:
-        raise ValueError(f'Unknown model {name!r}: expected one of {", ".join(known)}.')
-    tagged = [key for key in WEIGHTS if key.startswith(f'{architecture}.')]
-    if tag and name not in tagged:
-        raise ValueError(f'Unknown weights {name!r}: expected {architecture} or one of {", ".join(tagged)}.')
-
-
 def check_takes_files(name: str, invert: bool = False) -> None:
     """Checks that a known model classifies files: images or sounds.
 
@@ -101,7 +86,7 @@ def check_takes_files(name: str, invert: bool = False) -> None:
         ValueError: It classifies other series, or has nothing to invert.
     """
     channels, height, steps = _input_size(name)
-    task = TASKS.get(name.partition('.')[0])
+    task = task_of(name)
     if height > 1:
         return
     if task is None or not task.sound:
@@ -138,7 +123,7 @@ def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None) ->
         raise ValueError(f'No checkpoint at {path}: expected a file of weights (.safetensors, .pth, .pt ...).')
     try:
         checkpoint = read_checkpoint(path)
-        check_architecture(checkpoint, name.partition('.')[0], 'it')
+        check_architecture(checkpoint, split_model_name_tag(name)[0], 'it')
         carried = carried_settings(path, _input_size(name)[0], checkpoint)
         size = carried.get('input_size', _input_size(name))
         # images may have any size; a series of another rate is another one
@@ -167,21 +152,20 @@ def check_inputs(name: str, checkpoint_path: Optional[Union[str, Path]] = None, 
 
     Raises:
         ValueError: `step_statistics` for a model of other data, or for weights of this package's training.
+        WeightsError: The model's own weights cannot be had.
     """
-    task = TASKS.get(name.partition('.')[0])
+    task = task_of(name)
     if task is None or not task.stepwise:
         if step_statistics:
             fitting = ', '.join(known for known, task in TASKS.items() if task.stepwise)
             raise ValueError(f'Statistics of each time step are for {fitting}, not for {name}.')
         return
-    key = f'{name.partition(".")[0]}.{timm.get_pretrained_cfg(name).tag}'
-    file = Path(checkpoint_path) if checkpoint_path else store.find(key, by_hand=True) or bundled_path(key)
-    file = file or store.find(key)
-    if file is None or not file.is_file():
+    file = Path(checkpoint_path) if checkpoint_path else own_weights(name)
+    if not file.is_file():  # of which loading it says more
         return
     try:
         said, own = bool(carried_settings(file)), records_settings(file)
-    except CheckpointError:  # of which loading it says more
+    except CheckpointError:  # so too
         return
     if step_statistics and own:
         raise ValueError(
@@ -264,7 +248,7 @@ def _limit_aspect(image: Image.Image) -> Image.Image:
 
 def _reader(model: nn.Module, invert: bool) -> Callable[[str], torch.Tensor]:
     """What turns a file into an input of the network, (channels, height, width) or (channels, steps)."""
-    task = TASKS.get(model.pretrained_cfg['architecture'])
+    task = task_of(model.pretrained_cfg['architecture'])
     if task is not None and task.sound:
         return lambda file: network_input(task, load_second(file).unsqueeze(0), model.pretrained_cfg)[0]
     cfg = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
@@ -320,9 +304,5 @@ def predict_files(
 
 def _one_line(error: Exception) -> str:
     """The reason that an exception gives, short enough for a line."""
-    if isinstance(error, OSError) and error.strerror:
-        text = error.strerror
-    else:
-        text = ' '.join(str(error).split()) or type(error).__name__
-    text = text if len(text) <= 200 else text[:197] + '...'
+    text = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
     return text if text.endswith('.') else text + '.'

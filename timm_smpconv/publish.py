@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from . import store
+from ._text import one_line, without_password
 from .cards import PLACEHOLDER
 from .catalog import model_names
 from .checkpoint import DEPLOYED_FILE, WEIGHTS_FILE
 from .convert import FILES, TENSORS_FILE
-from .download import without_password
 from .factory import check_config, create_model
 from .fetch import hub_cause
 from .version import __version__
@@ -160,7 +160,7 @@ def _run(name: str, check: Callable[[Path], str], folder: Path) -> Check:
     try:
         return Check(name, True, check(folder))
     except Exception as e:  # files of unknown contents fail in any way, and a failure is the finding
-        return Check(name, False, ' '.join(str(e).split()) or type(e).__name__)
+        return Check(name, False, one_line(e, 1000))
 
 
 def _config(folder: Path) -> str:

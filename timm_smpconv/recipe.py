@@ -138,6 +138,11 @@ class Recipe:
             )
         if self.pretrained and self.initial_checkpoint:
             raise ValueError('pretrained and initial_checkpoint both say where to start: give one of them.')
+        if self.pretrained and self.sample_rate not in (0, 16000):
+            raise ValueError(
+                f'The pretrained weights are of 16,000 samples a second, sample_rate={self.sample_rate} is another: '
+                f'give their file as initial_checkpoint, with initial_sample_rate=16000.'
+            )
         if self.initial_sample_rate and not self.initial_checkpoint:
             raise ValueError('initial_sample_rate is that of the network in initial_checkpoint: give that too.')
         if self.task_loss_weight != Recipe.task_loss_weight and not self.kd_model_name:

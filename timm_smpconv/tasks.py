@@ -7,11 +7,14 @@ from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequ
 
 import torch
 import torch.nn.functional as F
+from timm.models import split_model_name_tag
 
 from .audio import RATE, resample
-from .data import Samples, load_character_trajectories, load_mnist, load_speech
+from .checkpoint import table_name
+from .data import Samples, load_character_trajectories, load_mnist, load_speech, speaker_number
 from .features import MFCC
 from .recipe import Recipe
+from .weights import training_speakers
 
 __all__ = [
     'TASKS',
@@ -19,12 +22,14 @@ __all__ = [
     'augment_digits',
     'augment_waves',
     'channel_statistics',
+    'heard',
     'mask_spectrogram',
     'network_input',
     'normalize',
     'signal_input',
     'split',
     'stepwise',
+    'task_of',
 ]
 
 Step = Callable[[torch.Tensor, Optional[Recipe], Optional[torch.Generator]], torch.Tensor]
@@ -54,6 +59,11 @@ class Task:
     sound: bool = False
     resampled: bool = False
     stepwise: bool = False
+
+
+def task_of(name: str) -> Optional[Task]:
+    """Task of `model` or `model.tag`; None for networks that timm's own loader of images feeds."""
+    return TASKS.get(split_model_name_tag(name)[0])
 
 
 def augment_digits(images: torch.Tensor, generator: torch.Generator, erase_size: int = 4) -> torch.Tensor:
@@ -172,7 +182,8 @@ def _one_channel(signal: torch.Tensor, recipe: Optional[Recipe], generator: Opti
 
 @functools.lru_cache(maxsize=1)
 def _mfcc() -> MFCC:
-    return MFCC()
+    with torch.inference_mode(False):  # gradients may pass it later
+        return MFCC()
 
 
 def _cepstra(signal: torch.Tensor, recipe: Optional[Recipe], generator: Optional[torch.Generator]) -> torch.Tensor:
@@ -231,6 +242,15 @@ def split(samples: Samples, recipe: Recipe, task: Task) -> Tuple[Samples, Sample
             f'{recipe.batch_size}. Lower val_images, val_percent or batch_size.'
         )
     return samples[~held], samples[held]
+
+
+def heard(samples: Samples, weights: Path) -> torch.Tensor:
+    """Which samples are by speakers that a file of weights was trained on, as far as its hash tells, (N,), bool."""
+    name = table_name(weights) if samples.speakers is not None and weights.is_file() else None
+    numbers = [speaker_number(speaker) for speaker in training_speakers(name)] if name else []
+    if not numbers:
+        return torch.zeros(len(samples), dtype=torch.bool)
+    return torch.isin(samples.speakers, torch.tensor(numbers))
 
 
 def _moments(samples: Samples, task: Task, dim: int, batch_size: int) -> Tuple[int, torch.Tensor, torch.Tensor]:

@@ -11,12 +11,13 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import split_model_name_tag
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -29,13 +30,15 @@ from .checkpoint import carried_settings, fit_checkpoint, read_checkpoint
 from .convert import write_config
 from .data import Samples
 from .factory import create_model
+from .fetch import own_weights
 from .models._checkpoint import unwrap_checkpoint
 from .models.smpconv_seq import change_rate
+from .predict import check_inputs
 from .recipe import Recipe, read_recipe, recipe_text, same_recipe
-from .tasks import TASKS, Task, channel_statistics, network_input, signal_input, split
+from .tasks import TASKS, Task, channel_statistics, heard, network_input, signal_input, split
 from .weights import WeightsError
 
-__all__ = ['check_trainable', 'evaluate', 'train']
+__all__ = ['check_trainable', 'evaluate', 'predict_classes', 'train']
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +52,7 @@ def check_trainable(recipe: Recipe) -> Task:
     Raises:
         ValueError: timm's train.py trains this model, or the recipe has options that its task lacks.
     """
-    architecture = recipe.model.partition('.')[0]
+    architecture = split_model_name_tag(recipe.model)[0]
     if architecture not in TASKS:
         raise ValueError(
             f"timm-smpconv train is for {', '.join(TASKS)}. timm's own train.py trains {architecture}: "
@@ -68,6 +71,35 @@ def _listed(names: Sequence[str]) -> str:
 
 
 @torch.inference_mode()
+def predict_classes(
+    model: nn.Module, batches: Iterable[Tuple[torch.Tensor, torch.Tensor]], total: int, unit: str, progress: bool
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Predicted classes of batches of inputs and labels, with a bar that shows the accuracy so far.
+
+    Args:
+        model: Network in eval mode.
+        batches: Inputs and labels.
+        total: Number of inputs in all batches.
+        unit: What an input is, for the bar.
+        progress: Show it.
+
+    Returns:
+        Predictions and labels, (N,).
+    """
+    predictions, labels = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
+    device = next(model.parameters()).device
+    hits = seen = 0
+    with tqdm(total=total, desc='evaluate', unit=unit, disable=not progress, leave=False) as bar:
+        for x, target in batches:
+            predictions.append(model(x.to(device)).argmax(1).cpu())
+            labels.append(target)
+            hits += int((predictions[-1] == target).sum())
+            seen += len(target)
+            bar.set_postfix(accuracy=f'{hits / seen:.4f}', refresh=False)
+            bar.update(len(target))
+    return torch.cat(predictions), torch.cat(labels)
+
+
 def evaluate(
     model: nn.Module,
     samples: Samples,
@@ -87,23 +119,11 @@ def evaluate(
     Returns:
         Predictions, (N,).
     """
-    model.eval()
     cfg = model.pretrained_cfg
-    device = next(model.parameters()).device
-    batch_size = batch_size or max(1, 200_000 // math.prod(cfg['input_size'][1:]))
-    predictions = [torch.empty(0, dtype=torch.long)]
-    hits = seen = 0
-    bar = tqdm(total=len(samples), desc='evaluate', unit='sample', disable=not progress, leave=False)
-    for start in range(0, len(samples), batch_size):
-        part = samples[start : start + batch_size]
-        x = network_input(task, part.inputs, cfg)
-        predictions.append(model(x.to(device)).argmax(1).cpu())
-        hits += int((predictions[-1] == part.labels).sum())
-        seen += len(part)
-        bar.set_postfix(accuracy=f'{hits / seen:.4f}', refresh=False)
-        bar.update(len(part))
-    bar.close()
-    return torch.cat(predictions)
+    size = batch_size or max(1, 200_000 // math.prod(cfg['input_size'][1:]))
+    parts = (samples[start : start + size] for start in range(0, len(samples), size))
+    batches = ((network_input(task, part.inputs, cfg), part.labels) for part in parts)
+    return predict_classes(model.eval(), batches, len(samples), 'sample', progress)[0]
 
 
 def _seed(*numbers: int) -> int:
@@ -131,11 +151,20 @@ def _blaming(**fields: Any) -> Iterator[None]:
         raise ValueError(f'{values} cannot work: {e}') from e
 
 
+def _start(recipe: Recipe) -> Optional[Path]:
+    """File of the weights that a run begins with."""
+    if recipe.initial_checkpoint:
+        return Path(recipe.initial_checkpoint)
+    return own_weights(recipe.model) if recipe.pretrained else None
+
+
 class _Teacher:
     """A trained network whose class probabilities another one learns (Hinton et al., 2015, at temperature 1)."""
 
     def __init__(self, recipe: Recipe, task: Task, device: torch.device):
         name = recipe.kd_model_name
+        if split_model_name_tag(name)[0] in TASKS:
+            check_inputs(name)
         try:
             self.model = create_model(name, pretrained=True).eval().to(device)
         except WeightsError:
@@ -176,18 +205,32 @@ class _Run:
         with _blaming(model=recipe.model, model_kwargs=recipe.model_kwargs):
             self.model = timm.create_model(recipe.model, **kwargs, **recipe.model_kwargs)
         cfg = self.model.pretrained_cfg
-        measured = task.measured and not recipe.pretrained  # weights that are there are used to their own statistics
-        if recipe.initial_checkpoint and not resumed:
-            path = Path(recipe.initial_checkpoint)
-            checkpoint = read_checkpoint(path)
-            carried = carried_settings(path, self.model.in_chans, checkpoint)
-            carried.pop('input_size', None)
+        self.start = start = None if resumed else _start(recipe)
+        carried: Dict[str, Any] = {}
+        if start and recipe.initial_checkpoint:
+            checkpoint = read_checkpoint(start)
+            carried = carried_settings(start, self.model.in_chans, checkpoint)
+            rate = recipe.initial_sample_rate or recipe.sample_rate or RATE
+            steps = carried.pop('input_size', (rate,))[-1]
+            if task.resampled and steps != rate:
+                raise ValueError(
+                    f'{start} is of {steps} samples a second, and taken to be of {rate}: set '
+                    f'initial_sample_rate={steps}.'
+                )
             if recipe.initial_sample_rate:
                 ratio = (recipe.sample_rate or RATE) / recipe.initial_sample_rate
                 checkpoint = change_rate(unwrap_checkpoint(checkpoint), self.model, ratio)
-            self.model.load_state_dict(fit_checkpoint(checkpoint, self.model, str(path)))
+            self.model.load_state_dict(fit_checkpoint(checkpoint, self.model, str(start)))
             cfg.update(carried)
-            measured = measured and not carried
+        elif start:
+            carried = carried_settings(start)
+        if start and not carried and task.stepwise:
+            _logger.warning(
+                '%s does not say how its inputs were normalised: here each channel is, over all time steps. The '
+                'authors normalise each step; weights of theirs have to get used to it.',
+                start,
+            )
+        measured = task.measured and not carried  # weights that are there are used to their own statistics
         self.model.to(device)
         self.ema: Optional[ModelEmaV3] = None
         if recipe.model_ema_decay:
@@ -374,6 +417,7 @@ def train(
         raise ValueError(f'{output} holds a run without its {recipe_path.name}: choose another output folder.')
 
     run = _Run(recipe, task, samples, output, device)
+    _warn_of_heard(run, held)
     _try_out(run, task, samples)
     write_text(recipe_path, recipe_text(recipe))  # now that the recipe is known to work
     run.write_log()
@@ -400,6 +444,22 @@ def train(
             run.end_epoch(accuracy)
             run.save()
     return _write_result(run)
+
+
+def _warn_of_heard(run: _Run, held: Samples) -> None:
+    """Tells if weights that a run learns from were trained on speakers that it holds out."""
+    files = [run.start]
+    if split_model_name_tag(run.recipe.kd_model_name)[0] in TASKS:
+        files.append(own_weights(run.recipe.kd_model_name))
+    for file in files:
+        count = int(heard(held, file).sum()) if file else 0
+        if count:
+            _logger.warning(
+                '%d of %d held-out recordings are by speakers that %s was trained on: val_accuracy is too high.',
+                count,
+                len(held),
+                file,
+            )
 
 
 def _usable_device(device: Union[str, torch.device]) -> torch.device:

@@ -10,15 +10,14 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, ImageNetInfo, create_loader, resolve_data_config
 from torch import nn
-from tqdm import tqdm
 
-from . import store
+from .catalog import check_known
 from .classes import CLASS_NAMES
-from .data import Samples, speaker_number
-from .predict import check_inputs, check_known, class_names, load_model
-from .tasks import TASKS, stepwise
-from .train import evaluate
-from .weights import training_speakers
+from .fetch import own_weights
+from .predict import check_inputs, class_names, load_model
+from .tasks import heard, stepwise, task_of
+from .train import evaluate, predict_classes
+from .weights import design_effect, wilson
 
 __all__ = ['Measurement', 'validate']
 
@@ -28,18 +27,18 @@ class Measurement:
     """Predictions of a model for all test data.
 
     Attributes:
-        model: Name of the model.
         predictions: Predicted classes, (N,).
         labels: True classes, (N,).
         names: Names of the classes.
         left_out: Test samples that were not looked at, since the weights were trained on their speakers.
+        speakers: Number of the speaker of each sample, (N,), of recordings.
     """
 
-    model: str
     predictions: torch.Tensor
     labels: torch.Tensor
     names: List[str]
     left_out: int = 0
+    speakers: Optional[torch.Tensor] = None
 
     @property
     def total(self) -> int:
@@ -50,6 +49,16 @@ class Measurement:
     def hits(self) -> int:
         """Samples whose prediction is right."""
         return int((self.predictions == self.labels).sum())
+
+    @property
+    def effect(self) -> float:
+        """How many times larger the variance of the accuracy is since recordings of a speaker resemble each other."""
+        return 1.0 if self.speakers is None else design_effect(self.predictions == self.labels, self.speakers)
+
+    @property
+    def interval(self) -> Tuple[float, float]:
+        """95 % interval of the accuracy, as fractions."""
+        return wilson(self.hits, self.total, self.effect)
 
     @property
     def confusion(self) -> torch.Tensor:
@@ -67,8 +76,8 @@ def validate(
 ) -> Measurement:
     """Runs a model over its test data.
 
-    The bundled speech weights were trained on half of the official test split: recordings by the speakers of that half
-    are left out, unless other weights are given.
+    The bundled speech weights were trained on three fifths of the official test split: recordings by the speakers of
+    that part are left out, unless other weights are measured.
 
     Args:
         name: `name` or `name.tag` of a model of this package.
@@ -83,35 +92,28 @@ def validate(
         ValueError: The model is unknown, weights or data do not fit, or an image cannot be read; or step_statistics for
             a model whose inputs the authors normalise as this package does, or for weights of this package.
         FileNotFoundError: The data are not there.
-        RuntimeError: The model has no weights.
+        WeightsError: The model has no weights.
     """
     check_known(name)
-    task = TASKS.get(name.partition('.')[0])
-    check_inputs(name, checkpoint_path, step_statistics)
+    task = task_of(name)
     if task:
-        found = task.load(data_dir, False)
-        samples = found if checkpoint_path else _unheard(name, found)
+        found = samples = task.load(data_dir, False)
+        if found.speakers is not None:
+            samples = found[~heard(found, Path(checkpoint_path) if checkpoint_path else own_weights(name))]
         if not len(samples):
             raise ValueError(f'{data_dir} has no test data for {name}.')
+        check_inputs(name, checkpoint_path, step_statistics)
         model = load_model(name, checkpoint_path)
         if step_statistics:
             task = stepwise(task, task.load(data_dir, True))
             model.pretrained_cfg.update(mean=(0.0,), std=(1.0,))
         predictions = evaluate(model, samples, task, progress=progress)
-        return Measurement(name, predictions, samples.labels, class_names(model), len(found) - len(samples))
+        left_out = len(found) - len(samples)
+        return Measurement(predictions, samples.labels, class_names(model), left_out, samples.speakers)
     dataset = _image_folder(name, Path(data_dir))
+    check_inputs(name, checkpoint_path, step_statistics)
     model = load_model(name, checkpoint_path)
-    predictions, labels = _evaluate_images(model, dataset, progress)
-    return Measurement(name, predictions, labels, class_names(model))
-
-
-def _unheard(name: str, samples: Samples) -> Samples:
-    """The samples whose speakers the model's own weights were not trained on."""
-    key = f'{name.partition(".")[0]}.{timm.get_pretrained_cfg(name).tag}'
-    heard = training_speakers(key)
-    if not heard or samples.speakers is None or store.find(key, by_hand=True):  # weights of the user come first
-        return samples
-    return samples[~torch.isin(samples.speakers, torch.tensor([speaker_number(speaker) for speaker in heard]))]
+    return Measurement(*_evaluate_images(model, dataset, progress), class_names(model))
 
 
 class _Images(ImageDataset):
@@ -156,7 +158,6 @@ def _some(names: List[str]) -> str:
     return ', '.join(names if len(names) <= 10 else [*names[:3], '...', names[-1]])
 
 
-@torch.inference_mode()
 def _evaluate_images(model: nn.Module, dataset: ImageDataset, progress: bool) -> Tuple[torch.Tensor, torch.Tensor]:
     cfg = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
     loader = create_loader(
@@ -173,15 +174,4 @@ def _evaluate_images(model: nn.Module, dataset: ImageDataset, progress: bool) ->
         use_prefetcher=False,
         device=torch.device('cpu'),
     )
-    predictions, labels = [], []
-    hits = seen = 0
-    bar = tqdm(total=len(dataset), desc='evaluate', unit='image', disable=not progress, leave=False)
-    for x, target in loader:
-        predictions.append(model(x).argmax(1))
-        labels.append(target)
-        hits += int((predictions[-1] == target).sum())
-        seen += len(target)
-        bar.set_postfix(accuracy=f'{hits / seen:.4f}', refresh=False)
-        bar.update(len(target))
-    bar.close()
-    return torch.cat(predictions), torch.cat(labels)
+    return predict_classes(model, loader, len(dataset), 'image', progress)

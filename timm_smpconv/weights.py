@@ -17,6 +17,7 @@ __all__ = [
     'WeightsError',
     'bundled_path',
     'fixed_input',
+    'design_effect',
     'hub_repo',
     'training_speakers',
     'wilson',
@@ -44,6 +45,7 @@ class Weights:
         correct: Test inputs that the bundled weights classify right, measured by `timm-smpconv validate`.
         tested: Test inputs of that measurement.
         test_data: What the test inputs are, for a sentence.
+        effect: Design effect of the test inputs, which widens the interval; 1 if none is known.
         note: Why the measured accuracy is not the paper's.
         logits: Output of the bundled weights for `fixed_input`.
         speakers: File name of a list of the speakers that the bundled weights were trained on, where they are of the
@@ -59,6 +61,7 @@ class Weights:
     sha256: Optional[str] = None
     correct: Optional[int] = None
     tested: Optional[int] = None
+    effect: float = 1.0
     test_data: str = ''
     note: str = ''
     logits: Optional[Tuple[float, ...]] = None
@@ -223,10 +226,40 @@ def fixed_input(input_size: Tuple[int, ...]) -> torch.Tensor:
     return (0.37 * steps + 1e-4 * steps.remainder(1009) ** 2).sin().float().reshape(1, *input_size)
 
 
-def wilson(hits: int, total: int) -> Tuple[float, float]:
-    """95 % interval of a proportion, as fractions: unlike the normal one it stays sensible near 100 %."""
+def design_effect(right: torch.Tensor, groups: torch.Tensor) -> float:
+    """How many times larger the variance of a proportion is since samples of a group resemble each other.
+
+    The variance of a ratio of sums over groups drawn at random (Cochran, Sampling Techniques, 1977), relative to that
+    of independent samples.
+
+    Args:
+        right: What is counted, (N,), bool.
+        groups: Group of each sample, (N,).
+
+    Returns:
+        At least 1.
+    """
+    _, index = groups.unique(return_inverse=True)
+    count = int(index.max()) + 1
+    share = right.double().mean()
+    if count < 2 or not 0 < share < 1:
+        return 1.0
+    excess = torch.zeros(count, dtype=torch.double).index_add_(0, index, right.double() - share)
+    variance = count / (count - 1) * excess.square().sum()
+    return max(float(variance / (len(right) * share * (1 - share))), 1.0)
+
+
+def wilson(hits: int, total: int, effect: float = 1.0) -> Tuple[float, float]:
+    """95 % interval of a proportion, as fractions: unlike the normal one it stays sensible near 100 %.
+
+    Args:
+        hits: Samples that count.
+        total: All samples.
+        effect: Their design effect, see `design_effect`.
+    """
     z = 1.959964
     p = hits / total
+    total = total / effect
     middle = p + z * z / (2 * total)
     half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total

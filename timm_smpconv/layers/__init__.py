@@ -15,7 +15,6 @@ from .rep import (
     ConvNorm as ConvNorm,
     RepSMPConv1d as RepSMPConv1d,
     RepSMPConv2d as RepSMPConv2d,
-    check_eval as check_eval,
     check_part as check_part,
     fold_norm_into_next as fold_norm_into_next,
     is_foldable as is_foldable,

@@ -192,8 +192,8 @@ class SMPConv2d(_RenderedConv):
     """2D convolution with a kernel of moving points, stride 1, zero padding k // 2.
 
     Depthwise (groups = in_chs = out_chs): points shared by all channels, sums not normalised, k^2 / 4 points of
-    radius 4 / k (the ImageNet networks). Dense (groups = 1): points per output filter, normalised sums, 16 points of
-    radius 0.12 (the CIFAR network).
+    radius 4 / k (the ImageNet networks); so is a convolution of a single channel. Dense (groups = 1): points per output
+    filter, normalised sums, 16 points of radius 0.12 (the CIFAR network).
     """
 
     plain = LargeConv2d

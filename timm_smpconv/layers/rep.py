@@ -22,7 +22,6 @@ __all__ = [
     'RepSMPConv1d',
     'RepSMPConv2d',
     'SequenceNorm',
-    'check_eval',
     'check_part',
     'fold_norm_into_next',
     'fold_norm_into_previous',
@@ -58,7 +57,7 @@ def _scale_shift(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
     return scale, shift if norm.bias is None else shift + to_float64(norm.bias)
 
 
-def check_eval(module: nn.Module) -> None:
+def _check_eval(module: nn.Module) -> None:
     """Checks that a module about to be folded is in eval mode, with all its parts.
 
     Raises:
@@ -113,7 +112,7 @@ def norm_to_conv(norm: nn.Module) -> nn.Module:
     Raises:
         RuntimeError: It is in train mode.
     """
-    check_eval(norm)
+    _check_eval(norm)
     scale, shift = _scale_shift(norm)
     like = norm.running_var if norm.weight is None else norm.weight
     channels = len(scale)
@@ -133,7 +132,7 @@ class ConvNorm(ConvNormAct):
         """
         if not isinstance(self.bn, _NORMS_WITH_ACT):
             return
-        check_eval(self)
+        _check_eval(self)
         check_part(self, self.conv, nn.Conv2d)
         if type(self.conv).forward not in (nn.Conv2d.forward, PointwiseConv2d.forward):  # it pads or quantises too
             raise RuntimeError(
@@ -261,7 +260,7 @@ class _RepSMPConv(DropsCaches):
                     f'{type(self).__name__} cannot be reparameterized: its norms must be batch norms with running '
                     f'statistics to be folded into a convolution, got {norm}.'
                 )
-        check_eval(self)
+        _check_eval(self)
         with torch.no_grad():
             return self._fold(self.large.kernel())
 

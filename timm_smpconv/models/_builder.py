@@ -1,7 +1,6 @@
 """Construction of models and their pretrained configurations from the table of weights."""
 
 import functools
-from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, Type
 
 import torch
@@ -102,8 +101,6 @@ def build(
 
         key = f'{variant}.{resolved.get("tag") or ""}'.rstrip('.')
         file = locate(key, resolved, kwargs.get('cache_dir'))
-        if file is None and not resolved.get('state_dict') and Path(resolved.get('file') or '').is_file():
-            file = Path(resolved['file'])  # of the caller
         if file is not None:
             # timm reads less: the authors' ImageNet files have numbers of numpy in them
             checkpoint = read_checkpoint(file)

@@ -22,7 +22,7 @@ from timm.layers import (
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import nn
 
-from ..layers import LargeConv2d, PeripheralConv2d, by_parts, check_eval, check_part
+from ..layers import LargeConv2d, PeripheralConv2d, by_parts, check_part
 from ..ops import to_fast_format
 from ..ops.context import to_float64
 from ._base import LargeKernelNet, check_stages, init_weights
@@ -210,7 +210,10 @@ class PeLKStage(nn.Module):
         Raises:
             RuntimeError: The stage is in train mode, or a part of a block has been replaced by something else.
         """
-        check_eval(self)
+        if self.training:
+            raise RuntimeError(
+                f'{type(self).__name__} cannot be reparameterized in train mode: call model.eval() first.'
+            )
         for block in self.blocks:
             block.deploy(None if self.pos_embed is None else self.pos_embed.data)
         self.pos_embed = None

@@ -11,10 +11,10 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 
-from . import direct, fft
+from . import fft
 from .context import Keep, full_precision, is_channels_last, is_trained, is_transformed, to_channels_last
 
-__all__ = ['correlate', 'count_bins', 'count_products', 'cyclic_len']
+__all__ = ['correlate', 'count_products']
 
 _Matrices = List[torch.Tensor]  # one for each dimension of the signals
 
@@ -34,8 +34,6 @@ def correlate(
     """See `fft.correlate` for the arguments; depthwise convolutions, which multiply little, go there."""
     if depthwise:
         return fft.correlate(x, weight, bias, left, depthwise, keep)
-    if x.shape[0] == 0:
-        return direct.correlate(x, weight, bias, left, depthwise)
     compute = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     with full_precision(x):  # a spectrum does not survive half precision
         y = _correlate(x.to(compute), weight.to(compute), left, keep)
@@ -45,32 +43,22 @@ def correlate(
     return to_channels_last(y, x.dtype) if is_channels_last(x) else y.to(x.dtype).contiguous()
 
 
-def cyclic_len(n: int, taps: int, left: int) -> int:
-    """Shortest cyclic length for which no wrapped entry meets an output that is kept."""
-    return n + max(left, taps - 1 - left)
-
-
-def count_bins(size: Sequence[int]) -> int:
-    """Complex numbers in the spectrum of a real map of the given cyclic lengths."""
-    return math.prod(size[:-1]) * (size[-1] // 2 + 1)
-
-
 def count_products(shape: Sequence[int], size: Sequence[int]) -> int:
     """Multiply-adds of the transform of one map, (H, W), to a spectrum of the given cyclic lengths."""
-    return 2 * shape[0] * (shape[1] * (size[1] // 2 + 1) + 2 * count_bins(size))
+    return 2 * shape[0] * (shape[1] * (size[1] // 2 + 1) + 2 * fft.count_bins(size))
 
 
 def _correlate(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], keep: Optional[Keep]) -> torch.Tensor:
     """(B, I, *spatial), (O, I, *taps) -> (*spatial, B, O)."""
     shape, taps = list(x.shape[2:]), list(weight.shape[2:])
-    size = [cyclic_len(n, k, p) for n, k, p in zip(shape, taps, left)]
+    size = [fft.cyclic_len(n, k, p) for n, k, p in zip(shape, taps, left)]
     dims = list(range(2, x.ndim))
 
     def of_kernel() -> torch.Tensor:
         # filters before channels: the gradient comes back in an order that the product which rendered the kernel takes
         return _transform(weight.permute(*dims, 0, 1), _matrices(_forward_matrices, weight, taps, size))
 
-    key, numbers = ('dft', weight.shape, weight.dtype, *shape), 2 * count_bins(size) * weight.shape[:2].numel()
+    key, numbers = ('dft', weight.shape, weight.dtype, *shape), 2 * fft.count_bins(size) * weight.shape[:2].numel()
     w_f = of_kernel() if keep is None else keep(key, numbers, of_kernel)
     forward = _matrices(_forward_matrices, weight, shape, size)
     inverse = _matrices(_inverse_matrices, weight, shape, size, left)
@@ -100,7 +88,7 @@ def _matrices(make: Callable[..., _Matrices], like: torch.Tensor, *sizes: Sequen
     return _made_once(make, *arguments)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=192)  # of 64 shapes: of maps, of kernels, and back
 def _made_once(make: Callable[..., _Matrices], *arguments: Any) -> _Matrices:
     with torch.inference_mode(False):  # they serve training too
         made = make(*arguments)

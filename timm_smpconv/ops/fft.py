@@ -10,10 +10,9 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 
-from . import direct
 from .context import Keep, is_channels_last, is_trained, to_channels_last
 
-__all__ = ['correlate', 'fast_len', 'plan_parts']
+__all__ = ['correlate', 'count_bins', 'cyclic_len', 'fast_len', 'plan_parts']
 
 
 def correlate(
@@ -37,14 +36,22 @@ def correlate(
     Returns:
         Output, (B, O, *spatial), in the dtype of x.
     """
-    if x.shape[0] == 0:  # nothing to transform, which the oldest supported torch refuses
-        return direct.correlate(x, weight, bias, left, depthwise)
     compute = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     y = _correlate_in_parts(x.to(compute), weight.to(compute), left, depthwise, keep)
     if bias is not None:
         y = y + bias.to(compute).reshape(1, -1, *[1] * (y.ndim - 2))
     # in the format that the layers around it expect
     return to_channels_last(y, x.dtype) if is_channels_last(x) else y.to(x.dtype)
+
+
+def cyclic_len(n: int, taps: int, left: int) -> int:
+    """Shortest cyclic length for which no wrapped entry meets an output that is kept."""
+    return n + max(left, taps - 1 - left)
+
+
+def count_bins(size: Sequence[int]) -> int:
+    """Complex numbers in the spectrum of a real map of the given cyclic lengths."""
+    return math.prod(size[:-1]) * (size[-1] // 2 + 1)
 
 
 def fast_len(n: int) -> int:
@@ -141,7 +148,7 @@ def _correlate(
     if keep is None:
         w_c = _transform(weight, size, depthwise, conj=True)
     else:
-        numbers = weight.shape[:2].numel() * math.prod(size[:-1]) * 2 * (size[-1] // 2 + 1)
+        numbers = 2 * count_bins(size) * weight.shape[:2].numel()
         key = ('fft', weight.shape, weight.dtype, *size)
         w_c = keep(key, numbers, lambda: _transform(weight, size, depthwise, conj=True))
     y_f = x_f * w_c[:, 0] if depthwise else torch.bmm(x_f, w_c.mT)

@@ -120,16 +120,16 @@ def choose_backend(
     """
     device = x.device.type if device is None else device
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if device == 'cuda':
+    if device == 'cuda' and torch.version.hip is None:
         return (_choose_on_gpu if depthwise else _choose_dense_on_gpu)(x, weight, left, trained)
-    if device not in ('cpu', 'meta'):  # nothing is known of their Fourier transforms, in time or in numbers
+    if device not in ('cpu', 'meta'):  # nothing is known of Fourier transforms elsewhere, in time or in numbers
         return 'direct'
     batch, out_chs, in_chs = max(x.shape[0], 1), weight.shape[0], weight.shape[1]
     shape, taps = x.shape[2:], weight.shape[2:]
     maps = 2 * out_chs if depthwise else x.shape[1] + out_chs
     kernels = out_chs * in_chs / batch
     dense = not depthwise and x.ndim == 4
-    size = [dft.cyclic_len(n, k, p) for n, k, p in zip(shape, taps, left)]
+    size = [fft.cyclic_len(n, k, p) for n, k, p in zip(shape, taps, left)]
     multiply_adds = points = 1
     for n, k, p, cyclic in zip(shape, taps, left, size):
         multiply_adds *= n * k if dense else _taps_on_map(n, k, p)
@@ -147,12 +147,12 @@ def choose_backend(
         costs['fft'] = points * (_TRANSFORM * (parts * maps + kernels) + parts * products)
     if x.ndim == 4 and is_channels_last(x):
         costs['fft'] += maps * x.shape[2] * x.shape[3] * _REORDER
-    if dense and device in ('cpu', 'meta'):
+    if dense:
         if direct.MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16:
             costs['direct'] *= _BFLOAT16
-        costs['dft'] = dft.count_bins(size) * 4 * out_chs * in_chs
+        costs['dft'] = fft.count_bins(size) * 4 * out_chs * in_chs
         for count, sides in ((maps, shape), (kernels, taps)):
-            each = dft.count_products(sides, size) + _ENTRY * math.prod(sides) + _SPECTRUM * 2 * dft.count_bins(size)
+            each = dft.count_products(sides, size) + _ENTRY * math.prod(sides) + _SPECTRUM * 2 * fft.count_bins(size)
             costs['dft'] += count * each
     return _cheapest(costs, _BACKWARD if trained else {})
 
@@ -169,7 +169,7 @@ def _choose_on_gpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
     }
     points = 1
     for n, k, p in zip(x.shape[2:], weight.shape[2:], left):
-        points *= fft.fast_len(dft.cyclic_len(n, k, p))
+        points *= fft.fast_len(fft.cyclic_len(n, k, p))
     costs['fft'] += points * _GPU_TRANSFORM * (2 * maps + weight.shape[0])
     last = is_channels_last(x)
     if last:
@@ -192,7 +192,7 @@ def _choose_on_gpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
 def _choose_dense_on_gpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], trained: bool) -> str:
     """What `choose_backend` does for dense convolutions on a GPU, most of which take the time of their launches."""
     batch, (out_chs, in_chs), shape, taps = x.shape[0], weight.shape[:2], x.shape[2:], weight.shape[2:]
-    size = [dft.cyclic_len(n, k, p) for n, k, p in zip(shape, taps, left)]
+    size = [fft.cyclic_len(n, k, p) for n, k, p in zip(shape, taps, left)]
     maps, kernels = batch * (in_chs + out_chs), out_chs * in_chs
     number = 2 if x.element_size() == 2 else 4
     multiply_add = _GPU_DENSE[number] * (1.0 if x.ndim == 4 else _GPU_DENSE_SEQUENCE)
@@ -205,9 +205,9 @@ def _choose_dense_on_gpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int,
         'fft': points * transform * (maps + kernels),
     }
     if x.ndim == 4:
-        costs['dft'] = dft.count_bins(size) * 4 * out_chs * in_chs * batch * _GPU_DENSE_PRODUCT
+        costs['dft'] = fft.count_bins(size) * 4 * out_chs * in_chs * batch * _GPU_DENSE_PRODUCT
         for count, sides in ((maps, shape), (kernels, taps)):
-            entries = _GPU_DENSE_ENTRY * math.prod(sides) + _GPU_DENSE_SPECTRUM * 2 * dft.count_bins(size)
+            entries = _GPU_DENSE_ENTRY * math.prod(sides) + _GPU_DENSE_SPECTRUM * 2 * fft.count_bins(size)
             costs['dft'] += count * (dft.count_products(sides, size) * _GPU_DENSE_PRODUCT + entries)
     for name, cost in costs.items():
         # the launches of a pass run ahead of the GPU: it takes the longer of the two
@@ -361,7 +361,10 @@ def _run(
             f'Expected an input and a kernel of the same dtype, got {x.dtype} and {weight.dtype}: cast one of them, '
             f'or use torch.autocast.'
         )
-    correlate = _BACKENDS[_forced or choose_backend(x, weight, left, depthwise)]
+    if x.shape[0] == 0:  # nothing to transform
+        correlate = direct.correlate
+    else:
+        correlate = _BACKENDS[_forced or choose_backend(x, weight, left, depthwise)]
     return correlate(x, weight, None if bias is None else bias.to(x.dtype), left, depthwise, keep)
 
 
