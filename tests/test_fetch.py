@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from synth import expected, reference_state, relative_error, synth_input
 
 from timm_smpconv import WeightsError, download, fetch, store
-from timm_smpconv.convert import convert
 from timm_smpconv._text import without_password
+from timm_smpconv.convert import convert
 from timm_smpconv.fetch import locate
 from timm_smpconv.weights import WEIGHTS, Weights, bundled_path, fixed_input
 

@@ -132,6 +132,8 @@ def fit_checkpoint(checkpoint: Dict[str, Any], model: LargeKernelNet, what: str)
         state_dict = model.convert_checkpoint(state_dict)
     except (RuntimeError, ValueError, IndexError, KeyError) as e:
         raise CheckpointError(f'{what} does not fit {_name(model)}: {one_line(e)}') from e
+    own = model.state_dict()
+    state_dict = {key: _as_count(value) if _is_count(own.get(key)) else value for key, value in state_dict.items()}
     found = differences(state_dict, model)
     if found:
         listed = ''.join(f'\n  {line}' for line in found[:_MAX_LISTED])
@@ -140,8 +142,17 @@ def fit_checkpoint(checkpoint: Dict[str, Any], model: LargeKernelNet, what: str)
             f'{what} does not fit {_name(model)}, {len(found)} difference(s):{listed}{more}\n'
             f'Expected a checkpoint of this network: choose another model, or give its num_classes and arguments.'
         )
-    own = model.state_dict()
     return {key: state_dict[key].to(own[key].dtype).contiguous() for key in own}
+
+
+def _is_count(own: Optional[torch.Tensor]) -> bool:
+    return own is not None and own.ndim == 0 and not own.is_floating_point()
+
+
+def _as_count(value: torch.Tensor) -> torch.Tensor:
+    """A number of batches, of which averages of checkpoints (timm's avg_checkpoints.py) make a fraction."""
+    fraction = value.is_floating_point() and bool(torch.isfinite(value).all())
+    return value.double().round().long() if fraction else value
 
 
 def check_architecture(checkpoint: Dict[str, Any], wanted: str, what: str) -> None:

@@ -38,13 +38,16 @@ class ValueCache:
         self, tensors: Sequence[Optional[torch.Tensor]], compute: Callable[[], object], settings: Hashable = ()
     ) -> object:
         """The result of `compute()` for the current values of the tensors, and of settings that are no tensors."""
-        if self._entry is not None:
-            result, old_settings, copies = self._entry
+        entry = self._entry  # which another thread may replace
+        if entry is not None:
+            result, old_settings, copies = entry
             if settings == old_settings and len(tensors) == len(copies):
                 if all(_same(a, b) for a, b in zip(tensors, copies)):
                     return result
+        # before computing: a value that another thread changes in the meantime is found to differ the next time
+        copies = tuple(None if t is None else t.detach().clone() for t in tensors)
         result = compute()
-        self._entry = (result, settings, tuple(None if t is None else t.detach().clone() for t in tensors))
+        self._entry = (result, settings, copies)
         return result
 
     def __getstate__(self):

@@ -1,6 +1,6 @@
 """Drop-in convolution layers: a kernel module renders weights, an op convolves."""
 
-from typing import Optional, Sequence, Tuple, Type, Union
+from typing import Any, Optional, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,9 @@ class LargeConv2d(DropsCaches, nn.Conv2d):
         in_chs: int,
         out_chs: int,
         kernel_size: Union[int, Tuple[int, int]],
+        stride: Union[int, Tuple[int, int]] = 1,
+        padding: Union[int, Tuple[int, int], None] = None,
+        dilation: Union[int, Tuple[int, int]] = 1,
         groups: int = 1,
         bias: bool = True,
         device=None,
@@ -39,21 +42,19 @@ class LargeConv2d(DropsCaches, nn.Conv2d):
             in_chs: Input channels.
             out_chs: Output channels.
             kernel_size: Taps, odd; one number or (height, width).
+            stride, padding, dilation: As for nn.Conv2d, for code that makes another convolution like this one
+                (adapters): 1, k // 2 (None too) and 1.
             groups: 1 for a dense convolution, in_chs = out_chs for a depthwise one.
             bias: Add a bias.
+
+        Raises:
+            ValueError: An even kernel size, channels that do not fit, or another stride, padding or dilation.
         """
         size = to_2tuple(kernel_size)
         _check_conv2d(in_chs, out_chs, size, groups)
-        super().__init__(
-            in_chs,
-            out_chs,
-            size,
-            padding=(size[0] // 2, size[1] // 2),
-            groups=groups,
-            bias=bias,
-            device=device,
-            dtype=dtype,
-        )
+        half = tuple(k // 2 for k in size)
+        _check_geometry(self, stride, half if padding is None else padding, dilation, half)
+        super().__init__(in_chs, out_chs, size, padding=half, groups=groups, bias=bias, device=device, dtype=dtype)
         self._kept = KernelCache()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -69,18 +70,39 @@ class LargeConv2d(DropsCaches, nn.Conv2d):
 
 @register_notrace_module
 class PointwiseConv2d(nn.Conv2d):
-    """An nn.Conv2d of 1 x 1 with a bias that is a matrix product on a GPU in channels_last.
+    """An nn.Conv2d of 1 x 1 that is a matrix product on a GPU in channels_last.
 
     The product adds the bias by itself; torch's convolution on a GPU passes over the result once more for it.
     """
 
-    def __init__(self, in_chs: int, out_chs: int, device=None, dtype=None):
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: Union[int, Tuple[int, int]] = 1,
+        stride: Union[int, Tuple[int, int]] = 1,
+        padding: Union[int, Tuple[int, int]] = 0,
+        dilation: Union[int, Tuple[int, int]] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ):
         """
         Args:
             in_chs: Input channels.
             out_chs: Output channels.
+            kernel_size, stride, padding, dilation, groups: As for nn.Conv2d, for code that makes another convolution
+                like this one (adapters): 1, 1, 0, 1 and 1.
+            bias: Add a bias.
+
+        Raises:
+            ValueError: Another kernel size, stride, padding, dilation or number of groups.
         """
-        super().__init__(in_chs, out_chs, 1, device=device, dtype=dtype)
+        if to_2tuple(kernel_size) != (1, 1) or groups != 1:
+            raise ValueError(f'PointwiseConv2d has 1 x 1 taps and one group, got {kernel_size} and {groups}.')
+        _check_geometry(self, stride, padding, dilation, (0, 0))
+        super().__init__(in_chs, out_chs, 1, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
@@ -103,6 +125,10 @@ class CausalConv1d(DropsCaches, nn.Conv1d):
         in_chs: int,
         out_chs: int,
         kernel_size: Union[int, Tuple[int]],
+        stride: Union[int, Tuple[int]] = 1,
+        padding: Union[int, Tuple[int]] = 0,
+        dilation: Union[int, Tuple[int]] = 1,
+        groups: int = 1,
         bias: bool = True,
         device=None,
         dtype=None,
@@ -112,8 +138,16 @@ class CausalConv1d(DropsCaches, nn.Conv1d):
             in_chs: Input channels.
             out_chs: Output channels.
             kernel_size: Taps; the last one multiplies the present sample.
+            stride, padding, dilation, groups: As for nn.Conv1d, for code that makes another convolution like this one
+                (adapters): 1, 0, 1 and 1. Zeros before the sequence are always there.
             bias: Add a bias.
+
+        Raises:
+            ValueError: Another stride, padding, dilation or number of groups.
         """
+        if groups != 1:
+            raise ValueError(f'CausalConv1d has one group, got {groups}.')
+        _check_geometry(self, stride, padding, dilation, (0,))
         super().__init__(in_chs, out_chs, kernel_size, bias=bias, device=device, dtype=dtype)
         self._kept = KernelCache()
         self._num_unreached: Optional[int] = None  # leading taps that were zero when last looked at
@@ -166,6 +200,11 @@ class _RenderedConv(DropsCaches):
         """Sets the bias to zero; the kernel has a method of its own."""
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    @torch.jit.unused
+    def _render(self) -> torch.Tensor:
+        # a wrapper around the kernel (FSDP gathers its shards) has to be called
+        return self.kernel.for_convolution() if isinstance(self.kernel, RenderedKernel) else self.kernel()
 
     @torch.jit.unused
     def to_conv(self, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> nn.Module:
@@ -257,7 +296,7 @@ class SMPConv2d(_RenderedConv):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, H, W) -> (B, out_chs, H, W)."""
-        kernel = self.kernel.for_convolution()
+        kernel = self.kernel.for_convolution() if torch.jit.is_scripting() else self._render()
         keep = None if torch.jit.is_scripting() else self._kept.keep(kernel)
         if self.depthwise:
             return ops.depthwise_conv2d(x, kernel, self.bias, keep)
@@ -323,7 +362,7 @@ class SMPConv1d(_RenderedConv):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, L) -> (B, out_chs, L)."""
-        kernel = self.kernel.for_convolution()
+        kernel = self.kernel.for_convolution() if torch.jit.is_scripting() else self._render()
         keep = None if torch.jit.is_scripting() else self._kept.keep(kernel)
         return ops.causal_conv1d(x, kernel, self.bias, keep)
 
@@ -385,7 +424,7 @@ class PeripheralConv2d(_RenderedConv):
 
     def forward(self, x: torch.Tensor, pos_embed: Optional[torch.Tensor] = None) -> torch.Tensor:
         """(B, in_chs, H, W), and the embedding (in_chs, k, k) or None -> (B, out_chs, H, W)."""
-        kernel = self.kernel.for_convolution()
+        kernel = self.kernel.for_convolution() if torch.jit.is_scripting() else self._render()
         bias = self._total_bias(kernel, pos_embed, self.bias)
         keep = None if torch.jit.is_scripting() else self._kept.keep(kernel)
         if self.depthwise:
@@ -409,6 +448,13 @@ class PeripheralConv2d(_RenderedConv):
             # in float64, so that the sum over thousands of taps adds no rounding of its own
             exact = [None if x is None else to_float64(x) for x in (weight, pos_embed, self.bias)]
             return self.to_conv(weight, self._total_bias(*exact))
+
+
+def _check_geometry(conv: nn.Module, stride: Any, padding: Any, dilation: Any, expected: Tuple[int, ...]) -> None:
+    ones = (1,) * len(expected)
+    for name, value, wanted in (('stride', stride, ones), ('padding', padding, expected), ('dilation', dilation, ones)):
+        if (value if isinstance(value, (tuple, list)) else (value,) * len(expected)) not in (wanted, list(wanted)):
+            raise ValueError(f'{type(conv).__name__} has {name}={wanted}, got {value}.')
 
 
 def _is_depthwise(in_chs: int, out_chs: int, groups: int) -> bool:

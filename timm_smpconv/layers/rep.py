@@ -8,6 +8,9 @@ from timm.layers import BatchNormAct2d, ConvNormAct, FrozenBatchNormAct2d, SyncB
 from timm.models import register_notrace_module
 from torch import nn
 from torch.nn.utils import skip_init
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ..ops.context import is_exporting, is_transformed, to_float64
@@ -43,6 +46,10 @@ _NORMS = (nn.BatchNorm1d, SequenceNorm, nn.BatchNorm2d, nn.SyncBatchNorm, Frozen
 _NORMS_WITH_ACT = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
 
 
+# what computes a weight before each call: pruning, and norms of weights as they were before parametrizations
+_COMPUTING_HOOKS = (BasePruningMethod, WeightNorm, SpectralNorm)
+
+
 def is_foldable(norm: nn.Module) -> bool:
     """Whether a module is a batch norm that, in eval mode, is a scale and a shift of each channel and nothing else."""
     return isinstance(norm, _NORMS) and not isinstance(norm, _NORMS_WITH_ACT) and norm.running_var is not None
@@ -73,6 +80,8 @@ def _check_eval(module: nn.Module) -> None:
 def check_part(module: nn.Module, part: nn.Module, *kinds: Type[nn.Module]) -> None:
     """Checks that a part about to be folded is what it was built as, and no adapter around it, which would be lost.
 
+    Weights that hooks compute before each call, as torch's pruning does, are brought up to date.
+
     Raises:
         RuntimeError: It is something else.
     """
@@ -82,6 +91,9 @@ def check_part(module: nn.Module, part: nn.Module, *kinds: Type[nn.Module]) -> N
             f'{" or ".join(kind.__name__ for kind in kinds)}, got {type(part).__name__}. Merge it into what it has '
             f'replaced, or put that back.'
         )
+    for hook in part._forward_pre_hooks.values():
+        if isinstance(hook, _COMPUTING_HOOKS):  # else the weight would be that of the last call
+            hook(part, ())
 
 
 def fold_norm_into_previous(

@@ -103,9 +103,12 @@ class LargeKernelNet(nn.Module):
             raise RuntimeError(
                 f'{type(self).__name__} cannot be reparameterized in train mode: call model.eval() first.'
             )
-        reparameterize_model(self, inplace=True)
-        if is_foldable(self.norm):  # an AffineNorm that was synchronised, or frozen and unfrozen
-            self.norm = norm_to_conv(self.norm)
+        with torch.inference_mode(False):  # the new parameters may be trained
+            reparameterize_model(self, inplace=True)
+            if is_foldable(self.norm):  # an AffineNorm that was synchronised, or frozen and unfrozen
+                self.norm = norm_to_conv(self.norm)
+        # from which timm builds the network of a folder for the Hub
+        self._model_args = dict(getattr(self, '_model_args', {}), inference_mode=True)
         return self
 
     @torch.jit.ignore

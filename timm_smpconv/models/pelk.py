@@ -21,6 +21,7 @@ from timm.layers import (
 )
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import nn
+from torch.nn.utils import skip_init
 
 from ..layers import LargeConv2d, PeripheralConv2d, by_parts, check_part
 from ..ops import to_fast_format
@@ -106,10 +107,18 @@ class PeLKBlock(nn.Module):
             check_part(self, self.conv, PeripheralConv2d, LargeConv2d)
         if self.gamma is not None:
             check_part(self, self.mlp.fc2, nn.Linear)
-            last, gamma = self.mlp.fc2, to_float64(self.gamma.data)
-            last.weight.data = (to_float64(last.weight.data) * gamma[:, None]).to(last.weight)
-            last.bias.data = (to_float64(last.bias.data) * gamma).to(last.bias)
-            self.gamma = None
+            old, gamma = self.mlp.fc2, to_float64(self.gamma.data)
+            if type(old).forward is not nn.Linear.forward:  # it adds something, or quantises
+                raise RuntimeError(
+                    f'PeLKBlock cannot be reparameterized: its last layer is a {type(old).__name__}, which does more '
+                    f'than multiply. Put a Linear in its place.'
+                )
+            dd = dict(device=old.weight.device, dtype=old.weight.dtype)
+            # a new one: the weight of the old may be computed in each call
+            last = skip_init(nn.Linear, old.in_features, old.out_features, **dd)
+            last.weight.data = (to_float64(old.weight.data) * gamma[:, None]).to(old.weight)
+            last.bias.data = (to_float64(old.bias.data) * gamma).to(old.weight)
+            self.mlp.fc2, self.gamma = last.train(self.training), None
         if isinstance(self.conv, PeripheralConv2d):
             self.conv = self.conv.fuse(pos_embed if self.embedded else None)
             self.embedded = False

@@ -7,7 +7,7 @@ from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
 
-from ..layers import AffineNorm, ConvNorm, RepSMPConv2d, by_parts, fold_norm_into_next, is_foldable
+from ..layers import AffineNorm, ConvNorm, RepSMPConv2d, by_parts, fold_norm_into_next, is_foldable, norm_to_conv
 from ..ops import to_fast_format
 from ._base import LargeKernelNet, check_stages, init_weights
 from ._builder import build, imagenet_cfg
@@ -43,8 +43,11 @@ class _PreNormBlock(nn.Module):
         """Folds the leading norm into the first convolution, in place; does nothing the second time."""
         if is_foldable(self.norm):
             self.pw1.reparameterize()
-            fold_norm_into_next(self.norm, self.pw1.conv)
-            self.norm = nn.Identity().train(self.training)
+            if self.pw1.conv.bias is None:  # its norm has been replaced by one that stays
+                self.norm = norm_to_conv(self.norm)
+            else:
+                fold_norm_into_next(self.norm, self.pw1.conv)
+                self.norm = nn.Identity().train(self.training)
 
     def _branch(self, x: torch.Tensor) -> torch.Tensor:
         return self.pw2(self.act(self.mix(self.pw1(self.norm(x)))))
@@ -90,7 +93,7 @@ class ConvFFN(_PreNormBlock):
         super().__init__(dim, hidden_dim, False, nn.Identity(), nn.GELU(), drop_path, device=device, dtype=dtype)
 
 
-class Stem(nn.Sequential):
+class Stem(nn.Module):
     """Four convolutions that reduce the resolution by four."""
 
     def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
@@ -100,16 +103,19 @@ class Stem(nn.Sequential):
             dim: Output channels.
         """
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(
+        super().__init__()
+        self.dim = dim
+        layers = (
             ConvNorm(in_chans, dim, 3, stride=2, **dd),
             ConvNorm(dim, dim, 3, groups=dim, **dd),
             ConvNorm(dim, dim, 1, **dd),
             ConvNorm(dim, dim, 3, stride=2, groups=dim, **dd),
         )
-        self.dim = dim
+        for i, layer in enumerate(layers):  # no nn.Sequential, which timm's feature networks would take apart
+            self.add_module(str(i), layer)
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self:
+        for layer in self.children():
             x = layer(x)
         return x
 

@@ -58,8 +58,9 @@ class PermuteSteps(nn.Module):
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
-        """Fills the buffer, after construction on the meta device."""
-        self.permutation.copy_(torch.tensor(self._steps))
+        """Fills the buffer, after construction on the meta device, unless it holds an order already: a stored one."""
+        if self.permutation.is_meta or sorted(self.permutation.tolist()) != list(range(len(self._steps))):
+            self.permutation.copy_(torch.tensor(self._steps))
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)

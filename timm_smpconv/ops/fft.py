@@ -4,6 +4,7 @@ Exact up to rounding for any kernel, at a cost that hardly depends on the number
 transformed in float32.
 """
 
+import functools
 import math
 from typing import List, Optional, Sequence, Tuple
 
@@ -92,6 +93,12 @@ def plan_parts(batch: int, in_chs: int, out_chs: int, length: int, taps: int) ->
     Returns:
         Number of parts, and points of a transform.
     """
+    # each search takes a tenth of a millisecond; compilers trace it instead of calling it
+    search = _search_parts if torch.compiler.is_compiling() else _searched_parts
+    return search(batch, in_chs, out_chs, length, taps)
+
+
+def _search_parts(batch: int, in_chs: int, out_chs: int, length: int, taps: int) -> Tuple[int, int]:
     best, least = (1, 0), float('inf')
     for parts in range(1, 17):  # spelled out: torch.compile of the oldest supported torch knows no min(key=...)
         points = fast_len(-(-length // parts) + taps - 1)
@@ -101,6 +108,9 @@ def plan_parts(batch: int, in_chs: int, out_chs: int, length: int, taps: int) ->
         if cost < least:
             best, least = (parts, points), cost
     return best
+
+
+_searched_parts = functools.lru_cache(maxsize=256)(_search_parts)
 
 
 def _correlate_in_parts(
