@@ -1,6 +1,7 @@
 """From checkpoints of any origin to folders for the Hub, and into the local store."""
 
 import argparse
+import json
 import os
 import pickle
 import re
@@ -22,6 +23,7 @@ from timm_smpconv.cli import main
 from timm_smpconv.convert import convert
 from timm_smpconv.predict import load_model
 from timm_smpconv.publish import check_folder
+from timm_smpconv.weights import WEIGHTS, bundled_path
 
 SEQ = 'smpconv_seq_speech'
 
@@ -416,3 +418,60 @@ def test_a_full_disk(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('key', [name for name, weights in WEIGHTS.items() if weights.bundled])
+def test_bundled_files_are_what_convert_makes(key, tmp_path):
+    """So that a repository on the Hub can be checked against the table, and its card knows what it holds."""
+    result = convert(bundled_path(key), key, tmp_path / 'out')
+    assert result.sha256 == WEIGHTS[key].sha256 == store.file_sha256(result.folder / 'model.safetensors')
+    assert f'license: {WEIGHTS[key].license}' in (result.folder / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_other_input_channels(channels, tmp_path):
+    """The folder describes the network that it holds."""
+    kwargs = dict(in_chans=channels, dims=(4, 4), kernel_size=5)
+    save_file(timm.create_model('smpconv_cifar', **kwargs).state_dict(), tmp_path / 'a.safetensors')
+    folder = convert(tmp_path / 'a.safetensors', 'smpconv_cifar', tmp_path / 'out', model_kwargs=kwargs).folder
+    assert f'torch.randn(1, {channels}, 32, 32)' in (folder / 'README.md').read_text()
+    cfg = json.loads((folder / 'config.json').read_text())['pretrained_cfg']
+    assert cfg['input_size'] == [channels, 32, 32]
+    assert cfg['mean'] == pytest.approx([0.449] * channels, abs=1e-3) if channels != 3 else True
+    assert all(check.ok for check in check_folder(folder))
+
+
+def test_hashes_are_those_of_the_files(tmp_path):
+    """With statistics to keep, the installed file says more than that of a folder."""
+    model = timm.create_model('smpconv_seq_chartraj')
+    save_tensors(tmp_path / 'a.safetensors', model.state_dict(), dict(mean=[1.0] * 3, std=[2.0] * 3))
+    both = convert(tmp_path / 'a.safetensors', 'smpconv_seq_chartraj', tmp_path / 'out', install=True)
+    assert both.sha256 == store.file_sha256(both.folder / 'model.safetensors')
+    alone = convert(tmp_path / 'a.safetensors', 'smpconv_seq_chartraj', install=True)
+    assert alone.sha256 == store.file_sha256(alone.installed) != both.sha256
+
+
+def test_averages_of_checkpoints(tmp_path):
+    """timm's avg_checkpoints.py makes float32 of all numbers, and fractions of numbers of batches."""
+    states = [small().state_dict() for _ in range(2)]
+    states[1]['stages.0.conv1.large_norm.num_batches_tracked'] += 5
+    average = {key: torch.stack([state[key].float() for state in states]).mean(0) for key in states[0]}
+    torch.save(average, tmp_path / 'averaged.pth')
+    folder = convert(tmp_path / 'averaged.pth', 'smpconv_seq_mnist', tmp_path / 'out', model_kwargs=SMALL).folder
+    found = load_file(folder / 'model.safetensors')
+    assert found['stages.0.conv1.large_norm.num_batches_tracked'].dtype == torch.int64
+    assert all(torch.equal(found[key], value) for key, value in average.items() if not key.endswith('tracked'))
+    average['stages.0.conv1.large_norm.num_batches_tracked'] = torch.tensor(float('nan'))
+    torch.save(average, tmp_path / 'averaged.pth')
+    with pytest.raises(CheckpointError, match='kind of stages.0.conv1.large_norm.num_batches_tracked'):
+        convert(tmp_path / 'averaged.pth', 'smpconv_seq_mnist', tmp_path / 'other', model_kwargs=SMALL)
+
+
+def test_empty_files(tmp_path):
+    torch.save({}, tmp_path / 'a.pth')
+    save_file({}, tmp_path / 'b.safetensors')
+    for file in ('a.pth', 'b.safetensors'):
+        with pytest.raises(CheckpointError, match='is empty'):
+            read_checkpoint(tmp_path / file)
+        with pytest.raises(ValueError, match='is empty'):  # and not the bundled weights
+            load_model('smpconv_seq_mnist', tmp_path / file)

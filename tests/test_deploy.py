@@ -1,6 +1,7 @@
 """Deployment of every registered model: same outputs, plain modules, nothing that a user does with a model breaks."""
 
 import copy
+import warnings
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from synth import randomize_norms, relative_error
 from timm.utils import freeze, reparameterize_model, unfreeze
 from torch import nn
+from torch.nn.utils import prune
 
 from timm_smpconv.layers import ConvNorm, PeripheralKernel, RepSMPConv1d, RepSMPConv2d, SMPConv2d, SMPKernel
 
@@ -397,3 +399,93 @@ def test_frozen_norms(name, model, x, again):
         model.reparameterize()
         assert relative_error(model(x), expected) < 1e-4
     build(name, inference_mode=True).load_state_dict(model.state_dict())
+
+
+def pruned_twice(module):
+    """A layer whose weight a hook computes, and that has another one since it was last called."""
+    prune.l1_unstructured(module, 'weight', 0.3)
+    module.weight_orig.data.mul_(-2.0)
+
+
+def old_weight_norm(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        torch.nn.utils.weight_norm(module)
+    module.weight_g.data.mul_(3.0)
+
+
+@pytest.mark.parametrize('change', [pruned_twice, old_weight_norm, torch.nn.utils.parametrizations.weight_norm])
+@pytest.mark.parametrize(
+    'name, part',
+    [
+        ('smpconv_mobile31', 'stages.0.blocks.0.mix.small'),
+        ('smpconv_mobile31', 'stages.0.blocks.1.pw1.conv'),
+        ('smpconv_seq_mnist', 'stages.0.conv1.small'),
+        ('pelk_tiny', 'stages.0.blocks.0.mlp.fc2'),
+    ],
+)
+def test_computed_weights(name, part, change):
+    """Pruned or normalised layers deploy with the weight of the next call, and keep what is folded into it."""
+    kwargs = dict(depths=(1, 1), dims=(8, 8), kernel_sizes=(5, 5)) if 'seq' not in name else dict(depth=1, dim=4)
+    if 'pelk' in name:
+        kwargs['ls_init_value'] = 0.5
+
+    def make():
+        torch.manual_seed(0)
+        model = randomize_norms(timm.create_model(name, **kwargs))
+        change(model.get_submodule(part))
+        return model.eval()
+
+    x = torch.randn(2, *timm.get_pretrained_cfg(name).input_size)
+    with torch.no_grad():
+        assert relative_error(make().reparameterize()(x), make()(x)) <= 1e-5
+
+
+class DoublingLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_last_layers_that_do_more_than_multiply():
+    model = build('pelk_tiny').eval()
+    mlp = model.stages[0].blocks[0].mlp
+    mlp.fc2 = DoublingLinear(mlp.fc2.in_features, mlp.fc2.out_features)
+    with pytest.raises(RuntimeError, match='last layer is a DoublingLinear'):
+        model.reparameterize()
+
+
+def test_parts_in_train_mode():
+    """A classifier that is new, and dropout that goes on in inference, are no part of what is folded."""
+    model = build('smpconv_mobile31', drop_rate=0.5).eval()
+    model.head.fc = nn.Linear(model.num_features, 3)
+    model.head.drop.train()
+    assert_plain(model.reparameterize())
+
+
+def test_norms_that_stay():
+    """A block whose first convolution has another norm behind it keeps its own as a convolution."""
+    model = randomize_norms(build('smpconv_mobile31')).eval()
+    model.stages[0].blocks[1].pw1.bn = nn.GroupNorm(1, model.stages[0].blocks[1].hidden_dim)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        wanted = model(x)
+        assert relative_error(model.reparameterize()(x), wanted) <= 1e-5
+
+
+def test_deployed_in_inference_mode():
+    model = build('smpconv_mobile31').eval()
+    with torch.inference_mode():
+        model.reparameterize()
+    assert not any(p.is_inference() for p in model.parameters())
+    model(torch.randn(1, 3, 64, 64)).sum().backward()
+
+
+def test_deployed_networks_are_saved_as_such(tmp_path):
+    """By timm's own function, as far as the version notes arguments."""
+    model = timm.create_model('smpconv_seq_mnist', depth=1, dim=4).eval().reparameterize()
+    if not hasattr(timm.models, 'get_model_args'):
+        pytest.skip('this version of timm notes no arguments')
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    x = torch.randn(2, 1, 28, 28)
+    with torch.no_grad():
+        assert torch.equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), model(x))

@@ -15,6 +15,8 @@ from timm_smpconv.layers import (
     CausalConv1d,
     LargeConv2d,
     PeripheralConv2d,
+    PeripheralKernel,
+    PointwiseConv2d,
     RepSMPConv1d,
     RepSMPConv2d,
     SMPConv1d,
@@ -367,3 +369,72 @@ def test_what_is_kept_stays_out_of_the_way(kind, num_transforms):
                 other = copy.deepcopy(layer)
                 assert [num_transforms(other, x) for _ in range(2)] == [2, 2]
     assert set(layer.state_dict()) == keys
+
+
+@pytest.mark.parametrize(
+    'layer, x',
+    [
+        (LargeConv2d(4, 6, 9), torch.randn(2, 4, 12, 12)),
+        (PointwiseConv2d(4, 6), torch.randn(2, 4, 12, 12)),
+        (CausalConv1d(4, 6, 70), torch.randn(2, 4, 100)),
+    ],
+)
+def test_adapters_make_convolutions_like_these(layer, x):
+    """LoRA builds two convolutions of the class of the layer, with the arguments of torch's."""
+    make, ones = type(layer), (1,) * (x.ndim - 2)
+    down = make(4, 3, layer.kernel_size, layer.stride, layer.padding, bias=False)
+    up = make(3, 6, ones, ones, bias=False)
+    wanted = make(4, 6, layer.kernel_size, bias=False)
+    wanted.weight.data = torch.einsum('or,ri...->oi...', up.weight.flatten(1), down.weight).data
+    torch.testing.assert_close(up(down(x)), wanted(x), rtol=1e-4, atol=1e-5)
+    for wrong in (dict(stride=2), dict(padding=3), dict(dilation=2)):
+        with pytest.raises(ValueError, match=f'{make.__name__} has {next(iter(wrong))}='):
+            make(4, 3, layer.kernel_size, **wrong)
+
+
+class Gathering(nn.Module):
+    """A wrapper as FSDP's: what it wraps has its weights while it is called, and passes on all attributes."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.weights = module, module.weights.data.clone()
+        module.weights.data = torch.zeros_like(module.weights)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+    def forward(self):
+        self.module.weights.data.copy_(self.weights)
+        return self.module()
+
+
+@pytest.mark.parametrize('grad', [False, True])
+def test_wrapped_kernels_are_called(grad):
+    layer, x = SMPConv2d(4, 4, 9, groups=4).eval(), torch.randn(2, 4, 12, 12)
+    wanted = layer(x).detach()
+    layer.kernel = Gathering(layer.kernel)
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(layer(x), wanted)
+
+
+class PeLKKernelOfSomebody(PeripheralKernel):
+    """It has one more parameter, of which nothing else knows."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self):
+        return self.factor * super().forward()
+
+
+def test_kernels_with_more_parameters():
+    layer, x = PeripheralConv2d(4, 4, 9, groups=4).eval(), torch.randn(2, 4, 12, 12)
+    layer.kernel = PeLKKernelOfSomebody(1, 4, 9)
+    with torch.no_grad():
+        before = layer(x)
+        layer.kernel.factor.fill_(2.0)
+        torch.testing.assert_close(layer(x) - layer.bias[:, None, None], 2 * (before - layer.bias[:, None, None]))

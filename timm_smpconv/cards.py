@@ -1,6 +1,6 @@
 """Texts made from the table of weights: the model table of the documents, and a card for each model on the Hub."""
 
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 from timm.models import split_model_name_tag
 from torch import nn
@@ -160,33 +160,60 @@ def model_card(
         Markdown.
     """
     architecture, tag = split_model_name_tag(name)
-    prefix = architecture.partition('_')[0]
-    family = _FAMILIES[prefix]
-    cfg = model.pretrained_cfg
+    family = _FAMILIES[architecture.partition('_')[0]]
     weights = WEIGHTS.get(name)
-    own = weights is not None and provenance is None
-    known = own or (weights is not None and measured)  # else it may be a network fine-tuned on anything
-    task = _PIPELINE_TAGS.get(tag, 'image-classification')
-    images = task == 'image-classification'
-    license = license or (known and cfg.get('license')) or 'unknown'
-    meta = ['---', f'license: {license}', 'library_name: timm', f'pipeline_tag: {task}', 'tags:']
-    meta += [f'- {t}' for t in (task, 'timm', 'timm_smpconv', prefix)]
-    if tag in _DATASETS and known:
-        meta += ['datasets:', f'- {_DATASETS[tag]}']
-    meta.append('---')
-
-    channels, height, width = cfg['input_size']
-    shape = f'{channels}, {height}, {width}'
+    # else it may be a network fine-tuned on anything
+    known = weights is not None and (provenance is None or measured)
+    license = license or (known and model.pretrained_cfg.get('license')) or 'unknown'
+    shape = ', '.join(str(n) for n in model.pretrained_cfg['input_size'])
     params = sum(p.numel() for p in model.parameters())
-    repo = hub_repo(name) if provenance is None else PLACEHOLDER
     lines = [
-        *meta,
+        *_metadata(architecture, tag, license, known),
         f'# {name}',
         '',
         f'{family.what} {params:,} parameters, {model.num_classes} classes, input (batch, {shape}).',
         '',
+        *_use(model, tag, hub_repo(name) if provenance is None else PLACEHOLDER, family),
+        *_classes(model, tag, weights, known),
     ]
+    if deployed:
+        arguments = ''.join(f', {key}={value!r}' for key, value in (model_kwargs or {}).items())
+        lines += [
+            '`deployed.safetensors` holds the same network with its kernels rendered, for '
+            f"`timm.create_model('{architecture}', inference_mode=True, checkpoint_path=FILE{arguments})`.",
+            '',
+        ]
     lines += [
+        *_results(architecture, weights, measured, known),
+        *_origin(architecture, weights, provenance, known),
+        *_limits(architecture, tag, weights, known),
+        '## Licence and citation',
+        '',
+        'The licence of the weights is not known.' if license == 'unknown' else f'{license.upper()}.',
+        '',
+        '```bibtex',
+        family.citation,
+        '```',
+    ]
+    return '\n'.join(lines) + '\n'
+
+
+def _pipeline_tag(tag: str) -> str:
+    return _PIPELINE_TAGS.get(tag, 'image-classification')
+
+
+def _metadata(architecture: str, tag: str, license: str, known: bool) -> List[str]:
+    task = _pipeline_tag(tag)
+    lines = ['---', f'license: {license}', 'library_name: timm', f'pipeline_tag: {task}', 'tags:']
+    lines += [f'- {t}' for t in (task, 'timm', 'timm_smpconv', architecture.partition('_')[0])]
+    if tag in _DATASETS and known:
+        lines += ['datasets:', f'- {_DATASETS[tag]}']
+    return [*lines, '---']
+
+
+def _use(model: nn.Module, tag: str, repo: str, family: _Family) -> List[str]:
+    images = _pipeline_tag(tag) == 'image-classification'
+    lines = [
         '## Use',
         '',
         '`pip install timm-smpconv`, then:',
@@ -205,6 +232,7 @@ def model_card(
             'transform = timm.data.create_transform(**cfg, is_training=False)',
             '# x = transform(image).unsqueeze(0) for a PIL image',
         ]
+    shape = ', '.join(str(n) for n in model.pretrained_cfg['input_size'])
     lines += [
         f'x = torch.randn(1, {shape})',
         f'probabilities = model(x).softmax(1)  # (1, {model.num_classes})',
@@ -220,40 +248,40 @@ def model_card(
             'by `std` of `model.pretrained_cfg`.',
             '',
         ]
+    return lines
+
+
+def _classes(model: nn.Module, tag: str, weights: Optional[Weights], known: bool) -> List[str]:
     classes = CLASS_NAMES.get(tag, ())
-    if len(classes) == model.num_classes:
-        order = f'in this order: {", ".join(classes)}.'
-        if known or weights is None:
-            lines += [f'The classes are, {order}', '']
-        else:
-            lines += [f'If it was trained on {weights.trained_on}, the classes are, {order}', '']
-    if deployed:
-        arguments = ''.join(f', {key}={value!r}' for key, value in (model_kwargs or {}).items())
-        lines += [
-            '`deployed.safetensors` holds the same network with its kernels rendered, for '
-            f"`timm.create_model('{architecture}', inference_mode=True, checkpoint_path=FILE{arguments})`.",
-            '',
-        ]
-    lines += ['## Results', '']
+    if len(classes) != model.num_classes:
+        return []
+    order = f'in this order: {", ".join(classes)}.'
+    if known or weights is None:
+        return [f'The classes are, {order}', '']
+    return [f'If it was trained on {weights.trained_on}, the classes are, {order}', '']
+
+
+def _results(architecture: str, weights: Optional[Weights], measured: bool, known: bool) -> List[str]:
     if weights is None:
-        lines += ['Not measured.', '']
+        return ['## Results', '', 'Not measured.', '']
+    if measured and weights.accuracy is not None:
+        ours = (
+            f'- Top-1 accuracy measured by this project with this file, on {_test_data(weights)}: '
+            f'{_measured(weights)}, 95 % interval {_interval(weights)}. Command: '
+            f'`timm-smpconv validate --model {architecture} --data DIR`.'
+        )
     else:
-        if measured and weights.accuracy is not None:
-            lines += [
-                f'- Top-1 accuracy measured by this project with this file, on {_test_data(weights)}: '
-                f'{_measured(weights)}, 95 % interval {_interval(weights)}. Command: '
-                f'`timm-smpconv validate --model {architecture} --data DIR`.',
-            ]
-        else:
-            lines += ['- The accuracy of this file has not been measured by this project.']
-        lines += [
-            f'- Top-1 accuracy that the paper reports, for its own weights and on {weights.trained_on}: '
-            f'{weights.paper_accuracy:.2f} %.'
-        ]
-        if weights.note and known:
-            lines += [f'- {weights.note}']
-        lines += ['']
-    lines += ['## Origin', '']
+        ours = '- The accuracy of this file has not been measured by this project.'
+    paper = (
+        f'- Top-1 accuracy that the paper reports, for its own weights and on {weights.trained_on}: '
+        f'{weights.paper_accuracy:.2f} %.'
+    )
+    note = [f'- {weights.note}'] if weights.note and known else []
+    return ['## Results', '', ours, paper, *note, '']
+
+
+def _origin(architecture: str, weights: Optional[Weights], provenance: Optional[str], known: bool) -> List[str]:
+    lines = ['## Origin', '']
     if provenance is not None:
         lines += [provenance if known else f'{provenance} The file does not record what it was trained on.']
     elif weights is not None and weights.bundled:
@@ -266,8 +294,11 @@ def model_card(
             f'Trained on {weights.trained_on} and published by the authors of the paper at {weights.authors_url}; to '
             f'be converted with `timm-smpconv convert FILE --model {architecture} --license mit --out DIR`.'
         ]
-    lines += [
-        '',
+    return [*lines, '']
+
+
+def _limits(architecture: str, tag: str, weights: Optional[Weights], known: bool) -> List[str]:
+    lines = [
         '## Limits',
         '',
         f'Not for {_NOT_FOR.get(tag, "use without a test on data of your own")}.',
@@ -280,17 +311,7 @@ def model_card(
             'statistics of the training data that their files lack; `timm-smpconv validate --step-statistics` measures '
             'them.'
         ]
-    lines += [
-        '',
-        '## Licence and citation',
-        '',
-        'The licence of the weights is not known.' if license == 'unknown' else f'{license.upper()}.',
-        '',
-        '```bibtex',
-        family.citation,
-        '```',
-    ]
-    return '\n'.join(lines) + '\n'
+    return [*lines, '']
 
 
 def replace_section(text: str, name: str, content: str) -> str:

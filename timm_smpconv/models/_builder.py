@@ -96,18 +96,8 @@ def build(
         resolved['file'] = None  # the bundled weights, which timm would prefer
     checkpoint: Optional[Dict[str, Any]] = None
     if pretrained:
-        from ..checkpoint import carried_settings, check_architecture, read_checkpoint  # which, like fetch, know models
-        from ..fetch import locate
-
-        key = f'{variant}.{resolved.get("tag") or ""}'.rstrip('.')
-        file = locate(key, resolved, kwargs.get('cache_dir'))
-        if file is not None:
-            # timm reads less: the authors' ImageNet files have numbers of numpy in them
-            checkpoint = read_checkpoint(file)
-            check_architecture(checkpoint, variant, str(file))
-            if not (key in WEIGHTS and file == bundled_path(key)):  # inputs may be normalised in another way
-                carried = carried_settings(file, None, checkpoint)
-                resolved.update({k: carried[k] for k in ('mean', 'std') if k in carried and k not in overlay})
+        checkpoint, carried = _read_weights(variant, resolved, kwargs.get('cache_dir'))
+        resolved.update({key: value for key, value in carried.items() if key not in overlay})
     # checkpoint_filter_fn adapts first layers: timm knows how to for Conv2d weights of three channels only
     loading = {**resolved, 'first_conv': None}
     if checkpoint is not None:  # which timm would copy with the configuration: `load` has it
@@ -146,6 +136,35 @@ def build(
     if not isinstance(model, model_cls):  # feature maps; timm's optimizers ask for this
         model.no_weight_decay = functools.partial(no_weight_decay, model)
     return model
+
+
+def _read_weights(
+    variant: str, cfg: Dict[str, Any], cache_dir: Optional[str]
+) -> Tuple[Optional[Dict[str, Any]], Dict[str, Any]]:
+    """What a pretrained configuration asks for, and the mean and std of its inputs where it says others.
+
+    Args:
+        variant: Registered name.
+        cfg: Resolved pretrained configuration.
+        cache_dir: Cache of the Hub in place of the usual one.
+
+    Returns:
+        Checkpoint, None if timm loads it itself; mean and std, as far as the file says them.
+    """
+    from ..checkpoint import carried_settings, check_architecture, read_checkpoint  # which, like fetch, know models
+    from ..fetch import locate
+
+    key = f'{variant}.{cfg.get("tag") or ""}'.rstrip('.')
+    file = locate(key, cfg, cache_dir)
+    if file is None:
+        return None, {}
+    # timm reads less: the authors' ImageNet files have numbers of numpy in them
+    checkpoint = read_checkpoint(file)
+    check_architecture(checkpoint, variant, str(file))
+    if key in WEIGHTS and file == bundled_path(key):  # whose statistics are the configuration's
+        return checkpoint, {}
+    carried = carried_settings(file, None, checkpoint)
+    return checkpoint, {name: carried[name] for name in ('mean', 'std') if name in carried}
 
 
 def _check_complete(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> None:
