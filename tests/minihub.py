@@ -43,6 +43,15 @@ class Hub:
             'created': time.time(),
         }
 
+    def commit(self, repo, ref, parent, tree, title=''):
+        """Adds a commit of a whole tree after another one, and lets a branch or a pull request point to it."""
+        content = json.dumps(sorted((path, entry.oid) for path, entry in tree.items())) + str(time.time_ns())
+        oid = git_sha('commit', (parent['id'] + content).encode())
+        r = self.repos[repo]
+        r['commits'][oid] = {'id': oid, 'title': title, 'tree': tree, 'date': time.time()}
+        r['refs'][ref] = oid
+        return oid
+
 
 class HTTPError(Exception):
     def __init__(self, status, code=None, message='', headers=None):
@@ -304,15 +313,14 @@ class Handler(BaseHTTPRequestHandler):
                     raise HTTPError(404, 'EntryNotFound', "A file with this name doesn't exist")
             elif key == 'deletedFolder':
                 tree = {p: e for p, e in tree.items() if not p.startswith(v['path'].rstrip('/') + '/')}
-        oid = git_sha(
-            'commit',
-            (parent['id'] + json.dumps(sorted((p, e.oid) for p, e in tree.items())) + str(time.time_ns())).encode(),
-        )
-        r['commits'][oid] = {'id': oid, 'title': header.get('summary', ''), 'tree': tree, 'date': time.time()}
-        r['refs'][rev] = oid
-        self.json(
-            {'success': True, 'commitOid': oid, 'commitUrl': f'{self.base}/{repo}/commit/{oid}', 'hookOutput': ''}
-        )
+        pull_request = {}
+        if self.query.get('create_pr') == ['1']:  # the branch stays where it is
+            number = 1 + sum(ref.startswith('refs/pr/') for ref in r['refs'])
+            rev = f'refs/pr/{number}'
+            pull_request = {'pullRequestUrl': f'{self.base}/{repo}/discussions/{number}'}
+        oid = self.hub.commit(repo, rev, parent, tree, header.get('summary', ''))
+        url = f'{self.base}/{repo}/commit/{oid}'
+        self.json({'success': True, 'commitOid': oid, 'commitUrl': url, 'hookOutput': '', **pull_request})
 
     def file_info(self, path, e):
         d = {'type': 'file', 'oid': e.oid, 'size': e.size, 'path': path}

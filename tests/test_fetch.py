@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 from synth import expected, reference_state, relative_error, synth_input
 
+import timm_smpconv
 from timm_smpconv import WeightsError, download, fetch, store
 from timm_smpconv._text import without_password
 from timm_smpconv.convert import convert
@@ -365,6 +367,53 @@ def test_a_store_that_cannot_be_read_is_left(drive, own, monkeypatch, caplog):
     monkeypatch.setattr(store, 'file_sha256', refuse)
     assert store.find(NAME) is None and 'not used' in caplog.text
     assert files(own) == before
+
+
+@pytest.mark.parametrize('url', ['example.org/x', 'http://a..b/'])
+def test_addresses_that_are_none(url, own, tmp_path, monkeypatch):
+    """A download from one fails as any other does, and so do the weights that would come from there."""
+    monkeypatch.setenv('no_proxy', '*')  # else a proxy would be asked what it makes of it
+    with pytest.raises(download.DownloadError, match='is no address'):
+        download.download(url, tmp_path / 'file', 'a file')
+    monkeypatch.setenv('TIMM_SMPCONV_DRIVE_URL', url)
+    with pytest.raises(WeightsError, match=f"authors' file .*{re.escape(url)}.* is no address"):
+        create()
+
+
+@pytest.mark.parametrize(
+    'environment, expected',
+    [
+        ({'TIMM_SMPCONV_CACHE': '~/weights', 'XDG_CACHE_HOME': '/elsewhere'}, 'weights'),
+        ({'XDG_CACHE_HOME': '{home}/cache'}, 'cache/timm_smpconv'),
+        ({}, '.cache/timm_smpconv'),
+    ],
+)
+def test_places_of_the_store(environment, expected, tmp_path, monkeypatch):
+    for key in ('TIMM_SMPCONV_CACHE', 'XDG_CACHE_HOME'):
+        monkeypatch.delenv(key, raising=False)
+    for key in ('HOME', 'USERPROFILE'):
+        monkeypatch.setenv(key, str(tmp_path))
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value.format(home=tmp_path))
+    assert store.store_dir() == tmp_path / expected
+
+
+def test_explicit_sources_that_are_none(own, tmp_path):
+    """Nothing else is taken in their place."""
+    path = tmp_path / 'nowhere' / 'x.pth'
+    for overlay, words in ((dict(file=str(path)), re.escape(str(path))), (dict(state_dict={}), 'empty')):
+        with pytest.raises(WeightsError, match=words):
+            timm.create_model('smpconv_seq_mnist', pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def test_folder_with_pickled_weights(tmp_path):
+    """As timm writes it on request, and older versions did anyway."""
+    model = timm.create_model(MODEL, num_classes=3)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=False)
+    assert files(tmp_path) == ['config.json', 'pytorch_model.bin']
+    for create_model in (timm.create_model, timm_smpconv.create_model):
+        loaded = create_model(f'local-dir:{tmp_path}', pretrained=True)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import sys
 import pytest
 import servers
 import torch
-from failures import _HUB, NAME, ROWS, cached_weights, make_folder, publish, run_client, run_row
-from safetensors.torch import load_file, save_file
+from failures import _HUB, MODEL, NAME, ROWS, cached_weights, make_folder, publish, run_client, run_row
+from minihub import Entry
+from safetensors.torch import load_file, save, save_file
 
 from timm_smpconv.convert import convert
 
@@ -40,6 +41,44 @@ def command(environment, *args, expected=0):
     )
     assert done.returncode == expected, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+_ASK = """
+import json, sys
+import timm, timm_smpconv
+from timm_smpconv.publish import push, verify
+
+def total(model):
+    return sum(p.double().sum().item() for p in model.parameters())
+
+def wrong(repo):
+    return [check.name for check in verify(repo) if not check.ok]
+
+for expression in sys.argv[1:]:
+    try:
+        result = eval(expression)
+    except Exception as e:
+        result = f'{type(e).__name__}: {e}'
+    print(json.dumps(result, default=repr))
+"""
+
+
+def ask(environment, *expressions):
+    """Values of expressions, or what they raise, in one new process."""
+    done = subprocess.run(
+        [sys.executable, '-c', _ASK, *expressions], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()[-len(expressions) :]]
+
+
+def other_weights(hub, folder):
+    """Weights with another classifier, as a file of a local Hub."""
+    state = load_file(folder / 'model.safetensors')
+    state['head.fc.weight'] *= 2
+    entry = Entry(save(state), lfs=True)
+    hub.store[entry.sha256] = entry.data
+    return entry
 
 
 @pytest.mark.parametrize('key', ROWS)
@@ -198,29 +237,28 @@ def test_a_server_that_refuses_leaves_the_cache(code, folder, tmp_path, weights_
         assert result['ok'] and result['sum'] == pytest.approx(weights_sum, rel=1e-9), result
 
 
-@pytest.mark.parametrize('what', ['nan', 'other', 'code'])
+@pytest.mark.parametrize('what', ['nan', 'nan in a pickle', 'other', 'code'])
 def test_unusable_files_on_the_hub(what, folder, tmp_path):
     """Whole files that are of no use are one cause among others, for every way to ask."""
     state = load_file(folder / 'model.safetensors')
     wrong = tmp_path / 'wrong'
     shutil.copytree(folder, wrong)
-    if what == 'nan':
+    if 'nan' in what:
         state['head.fc.weight'][0, 0] = float('nan')
     elif what == 'other':
         state['head.fc.weight'] = torch.zeros(3, 3)
     save_file(state, wrong / 'model.safetensors')
     names = [NAME] if what == 'other' else [NAME, _HUB]
-    if what == 'code':
+    if what in ('nan in a pickle', 'code'):
         (wrong / 'model.safetensors').unlink()
-        torch.save(dict(state, hook=json.dumps), wrong / 'pytorch_model.bin')
-    words = {'nan': 'not finite', 'other': 'shape of head.fc.weight', 'code': 'could run code'}[what]
+        torch.save(dict(state, **(dict(hook=json.dumps) if what == 'code' else {})), wrong / 'pytorch_model.bin')
+    words = {'other': 'shape of head.fc.weight', 'code': 'could run code'}.get(what, 'not finite')
     with servers.hub_server() as server:
         publish(server.hub, wrong)
         environment = servers.hub_environment(server, tmp_path / 'home')
-        for name in names:
-            result = run_client(environment, name)
-            assert not result['ok'] and result['type'] == 'WeightsError' and words in result['message'], result
-            assert 'weights_only=False' not in result['message']
+        for message in ask(environment, *(f'timm.create_model({name!r}, pretrained=True)' for name in names)):
+            assert message.startswith('WeightsError') and words in message, message
+            assert 'weights_only=False' not in message
 
 
 def test_pickled_weights(folder, tmp_path, weights_sum):
@@ -251,3 +289,80 @@ def test_causes(tmp_path):
         assert 'refused (403)' in command(environment, 'verify', 'me/x', expected=2)
         secret = dict(environment, HF_ENDPOINT='http://user:s3cret@127.0.0.1:9')
         assert 's3cret' not in run_client(secret, _HUB, 'timm_smpconv')['message']
+
+
+def test_revisions(folder, tmp_path, weights_sum):
+    """ORG/NAME@REVISION is the repository as it was then, to load and to verify."""
+    repo = f'me/{NAME}'
+    with servers.hub_server() as server:
+        publish(server.hub, folder)
+        first = server.hub.repos[repo]['refs']['main']
+        commit = server.hub.repos[repo]['commits'][first]
+        tree = {**commit['tree'], 'model.safetensors': other_weights(server.hub, folder)}
+        server.hub.commit(repo, 'main', commit, tree)
+        *sums, now, then, problems, lost, unverified = ask(
+            servers.hub_environment(server, tmp_path),
+            f"total(timm.create_model('{_HUB}@{first}', pretrained=True))",
+            f"total(timm_smpconv.create_model('{_HUB}@{first}', pretrained=True))",
+            f"total(timm_smpconv.create_model('{_HUB}', pretrained=True))",
+            f"wrong('{repo}@{first}')",
+            f"wrong('{repo}')",
+            f"timm_smpconv.create_model('{_HUB}@nope', pretrained=True)",
+            f"verify('{repo}@nope')",
+        )
+    assert sums == [pytest.approx(weights_sum, rel=1e-9)] * 2 and now != pytest.approx(weights_sum, rel=1e-9)
+    assert (then, problems) == ([], ['logits'])
+    for message in (lost, unverified):
+        assert message.startswith('WeightsError') and f'{repo} has no such revision' in message, message
+
+
+def test_pull_request(folder, tmp_path):
+    """Its address is returned, and the branch stays as it was."""
+    with servers.hub_server() as server:
+        server.hub.create('me/public')
+        before = server.hub.repos['me/public']['refs']['main']
+        address, wrong = ask(
+            servers.hub_environment(server, tmp_path),
+            f"push({str(folder)!r}, 'me/public', create_pr=True)",
+            "wrong('me/public@refs/pr/1')",
+        )
+        assert address == f'{server.url}/me/public/discussions/1' and wrong == []
+        assert server.hub.repos['me/public']['refs']['main'] == before
+
+
+def test_gated_repositories(folder, tmp_path):
+    """Who may not read one is told whom to ask, by every way to it."""
+    with servers.hub_server() as server:
+        publish(server.hub, folder)
+        server.hub.faults.append(servers.status(403, 'GatedRepo'))
+        messages = ask(
+            servers.hub_environment(server, tmp_path),
+            f"timm_smpconv.create_model('{_HUB}', pretrained=True)",
+            f"timm.create_model('{MODEL}', pretrained=True)",
+            f"verify('me/{NAME}')",
+        )
+    for message in messages:
+        assert message.startswith('WeightsError') and f'access to me/{NAME} must be granted by its owner' in message
+
+
+def test_other_files_of_a_repository(folder, tmp_path, weights_sum):
+    """hf_hub_filename chooses one."""
+    with servers.hub_server() as server:
+        publish(server.hub, folder)
+        (commit,) = server.hub.repos[f'me/{NAME}']['commits'].values()
+        commit['tree']['more/ema.safetensors'] = other_weights(server.hub, folder)
+
+        def load(**overlay):
+            overlay = dict(hf_hub_id=f'me/{NAME}', **overlay)
+            return f'total(timm.create_model({MODEL!r}, pretrained=True, pretrained_cfg_overlay={overlay!r}))'
+
+        usual, other, message = ask(
+            servers.hub_environment(server, tmp_path),
+            load(),
+            load(hf_hub_filename='more/ema.safetensors'),
+            load(hf_hub_filename='nothing.bin'),
+        )
+    doubled = load_file(folder / 'model.safetensors')['head.fc.weight'].double().sum().item()
+    assert usual == pytest.approx(weights_sum, rel=1e-9)
+    assert other == pytest.approx(weights_sum + doubled, rel=1e-9)
+    assert message.startswith('WeightsError') and 'the repository has no nothing.bin' in message, message

@@ -2,18 +2,21 @@
 
 import copy
 import re
+import sysconfig
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import ALL_MODELS, SMALLER, build, input_size, make_input
-from synth import relative_error
+from conftest import ALL_MODELS, SMALLER, build, input_size, make_input, measure_norms
+from synth import randomize_norms, relative_error
 from timm.layers import DropPath
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
-from timm_smpconv.layers import SMPKernel
+from timm_smpconv.layers import PeripheralKernel, SMPKernel
+from timm_smpconv.models.smpconv import Stem
 
 SEQUENCES = [name for name in ALL_MODELS if '_seq_' in name]
 IMAGES = [name for name in ALL_MODELS if name not in SEQUENCES]
@@ -39,7 +42,7 @@ TABLE = {
 }
 # small versions for what takes long: compile, export, script
 SMALL = {
-    'pelk_tiny': dict(depths=(1, 1), dims=(8, 16), kernel_sizes=(13, 7), num_classes=5),
+    'pelk_tiny': dict(depths=(1, 1), dims=(8, 16), kernel_sizes=(13, 7), num_classes=5, ls_init_value=0.5),
     'smpconv_mobile31': dict(depths=(1, 1), dims=(8, 16), kernel_sizes=(9, 7), num_classes=5),
     'smpconv_cifar': dict(dims=(6, 6, 8), kernel_size=9, num_points=4),
     'smpconv_seq_mnist': dict(depth=2, dim=6, kernel_size=100, num_points=5, radius=0.05),
@@ -54,8 +57,15 @@ def fill_buffers(model):
             module.init_non_persistent_buffers()
 
 
-def small_model(name, **kwargs):
-    return timm.create_model(name, **{**SMALL[name], **kwargs}).eval()
+def small_model(name, inference_mode=False, **kwargs):
+    """One whose blocks count: with initial norms, what they add is smaller than the tolerances of the tests."""
+    kwargs = {**SMALL[name], **kwargs}
+    model = measure_norms(randomize_norms(timm.create_model(name, **kwargs)).eval(), small_input(name))
+    if inference_mode:
+        weights = model.reparameterize().state_dict()
+        model = timm.create_model(name, inference_mode=True, **kwargs).eval()
+        model.load_state_dict(weights)
+    return model
 
 
 def small_input(name, batch=2):
@@ -191,6 +201,18 @@ def test_features_only(name, x):
         assert tuple(y.shape) == (2, i['num_chs'], *[-(-s // i['reduction']) for s in x.shape[2:]])
     if name in IMAGENET:
         assert model.feature_info.reduction() == [4, 8, 16, 32]
+
+
+@torch.no_grad()
+def test_feature_networks_keep_the_stem_whole():
+    """Taken apart, its convolutions would see contiguous maps, which are slow, and whole batches."""
+    model = timm.create_model('smpconv_mobile31', features_only=True).eval()
+    assert isinstance(model.stem, Stem)
+    maps = []
+    model.stem.register_forward_hook(lambda m, i, o: maps.append(o))
+    model(torch.randn(2, 3, 32, 32))
+    assert len(maps) == 1 and not maps[0].is_contiguous()
+    assert maps[0].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize('out_indices', [(0,), (-1,), (1, 3), (0, -2)])
@@ -775,7 +797,7 @@ def has_compiler():
         get_cpp_compiler()
     except Exception:  # any failure means that inductor cannot compile here
         return False
-    return True
+    return Path(sysconfig.get_path('include'), 'Python.h').exists()  # which all that it compiles includes
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -803,6 +825,18 @@ def test_compile(name, kwargs):
 
 def test_small_versions_exist():
     assert set(SMALL) | set(SMALLER) <= set(ALL_MODELS)
+
+
+@pytest.mark.parametrize('name', SMALL)
+@torch.no_grad()
+def test_small_versions_notice_their_kernels(name):
+    """Else what the tests of scripts, exports and compilation compare would be stem and classifier alone."""
+    model, x = small_model(name), small_input(name)
+    before = model(x)
+    for module in model.modules():
+        if isinstance(module, (PeripheralKernel, SMPKernel)):
+            module.weights.zero_()
+    assert relative_error(model(x), before) > 1e-3
 
 
 def test_unknown_arguments_name_the_network(name):

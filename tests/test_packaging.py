@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 
 import timm_smpconv
 from timm_smpconv.catalog import model_names
+from timm_smpconv.predict import load_model, predict_files
+from timm_smpconv.weights import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,6 +63,12 @@ def test_all_models_are_ours_and_registered():
     families = [name.partition('_')[0] for name in model_names()]
     assert (families.count('smpconv'), families.count('pelk')) == (11, 4) and len(families) == 15
     assert all(timm.is_model(name) for name in model_names())
+
+
+def test_models_with_weights_are_those_of_the_package():
+    """What timm lists as pretrained loads without a network."""
+    listed = set(timm.list_pretrained('smpconv*') + timm.list_pretrained('pelk*'))
+    assert listed == {name for name, weights in WEIGHTS.items() if weights.bundled}
 
 
 def test_package_is_typed():
@@ -121,3 +130,45 @@ def test_map_in_the_readme_is_true():
     assert [path for path in paths if not (ROOT / path).exists()] == []
     modules = [path for path in (ROOT / 'timm_smpconv').rglob('[!_]*.py') if path.name != 'version.py']
     assert [str(m) for m in modules if not any(str(m.relative_to(ROOT)).startswith(path) for path in paths)] == []
+
+
+def _python_block(words):
+    """The Python block of the README that has these words in it."""
+    blocks = re.findall(r'^```python\n(.*?)^```', (ROOT / 'README.md').read_text(), re.MULTILINE | re.DOTALL)
+    (block,) = [block for block in blocks if words in block]
+    return block
+
+
+def test_models_in_the_readme(tmp_path, monkeypatch):
+    """The block runs, up to the export for ONNX (test_models.py); the ImageNet networks are smaller."""
+    create_model = timm.create_model
+
+    def create_smaller(name, **kwargs):
+        smaller = {} if '_seq_' in name else dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
+        return create_model(name, **smaller, **kwargs)
+
+    monkeypatch.setattr(timm, 'create_model', create_smaller)
+    monkeypatch.chdir(tmp_path)  # where it writes deployed.pth
+    names = {}
+    exec(_python_block('import timm_smpconv').partition('# ONNX')[0], names)
+    assert names['digits'].pretrained_cfg['file'] and len(names['backbone'](names['x'])) == 3
+    deployed = names['deployed'].eval()
+    torch.testing.assert_close(deployed(names['x']), names['expected'], rtol=1e-3, atol=1e-4)
+
+
+def test_layers_in_the_readme():
+    """The block runs, with the shapes that its comments say."""
+    names = {}
+    exec(_python_block('from timm_smpconv.layers import'), names)
+    assert names['y'].shape == (2, 64, 56, 56) and names['weight'].shape == (64, 1, 31, 31)
+    grid = names['peripheral'].kernel
+    assert (grid.weights.shape, grid.small.shape) == ((64, 1, 13, 13), (64, 1, 5, 5))
+    assert names['causal'](torch.randn(2, 1, 784)).shape == (2, 30, 784)
+
+
+@torch.inference_mode()
+def test_photographs_in_the_readme():
+    """All ten right: each file has the name of its class."""
+    files = sorted((ROOT / 'examples' / 'photos').iterdir())
+    found = [result.predictions[0].label for result in predict_files(load_model('smpconv_cifar'), files)]
+    assert found == [path.stem for path in files] and len(files) == 10

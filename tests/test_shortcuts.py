@@ -3,8 +3,9 @@
 import copy
 
 import pytest
+import timm
 import torch
-from conftest import has_batch_norms
+from conftest import ALL_MODELS, has_batch_norms, make_input, measure_norms
 from synth import is_batch_norm
 from torch import nn
 from torch.nn.utils import parametrize, prune
@@ -37,6 +38,37 @@ def amplify(model):
         if key.endswith('gamma'):
             nn.init.ones_(parameter)
     return model
+
+
+@pytest.mark.parametrize('name', [name for name in ALL_MODELS if timm.get_pretrained_cfg(name).num_classes == 1000])
+def test_batches_in_parts(name, model, monkeypatch):
+    """Parts of one sample give what the whole batch gives, in every place that computes in parts."""
+    x = make_input(name, batch=3)
+    measure_norms(amplify(model), x)
+    expected = without_shortcuts(model, x)
+    monkeypatch.setattr(parts, '_MAX_BYTES', 1)
+    sizes, split = [], torch.Tensor.split
+    monkeypatch.setattr(torch.Tensor, 'split', lambda x, size, *args: sizes.append(size) or split(x, size, *args))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, **CLOSE)
+    assert sizes == [1] * sum(hasattr(module, '_by_parts') for module in model.modules())
+    with torch.no_grad():  # the tolerance would show samples that were mixed up
+        assert not torch.allclose(model(x[[1, 2, 0]]), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_norms_without_statistics_see_the_whole_batch(name, model, x, monkeypatch):
+    """In eval mode too, they normalise by the batch."""
+    if not has_batch_norms(name):
+        return
+    measure_norms(amplify(model), x)
+    for norm in model.modules():
+        if is_batch_norm(norm):
+            norm.track_running_stats = False
+            norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    expected = without_shortcuts(model, x)
+    monkeypatch.setattr(parts, '_MAX_BYTES', 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, **CLOSE)
 
 
 def test_norms_in_train_mode_see_the_whole_batch(name, model, x, monkeypatch):
@@ -113,6 +145,26 @@ def test_patched_forwards_are_called():
         nothing = module(x)
     torch.testing.assert_close(nothing, without_shortcuts(module, x), **CLOSE)
     assert not torch.allclose(nothing, before, **CLOSE)
+
+
+@pytest.mark.filterwarnings('ignore:Full backward hook')  # that no input has gradients
+@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize('register', ['register_full_backward_hook', 'register_full_backward_pre_hook'])
+@pytest.mark.parametrize('kind', ['points', 'causal points', 'peripheral'])
+def test_backward_hooks_of_kernels(kind, register, train):
+    """They fire in each step: the kernel is called, not rendered past its call."""
+    if kind == 'peripheral':
+        module, x = PeripheralConv2d(6, 6, 9, groups=6), torch.randn(4, 6, 12, 12)
+        kernel = module.kernel
+    else:
+        module, x = block(1 if kind == 'causal points' else 2)
+        kernel = module.large.kernel
+    seen = []
+    getattr(kernel, register)(lambda m, *grads: seen.append(grads[-1][0].shape))
+    module.train(train)
+    for _ in range(2):
+        module(x).square().sum().backward()
+    assert seen == [kernel().shape] * 2
 
 
 class DoubledKernel(SMPKernel):
@@ -277,3 +329,18 @@ def test_kernels_with_hooks_are_rendered_by_calls(make):
         kernel.for_convolution()
         kernel.for_convolution()
     assert seen == [(4, 1, 9, 9)] * 2
+
+
+def test_values_that_change_while_they_are_used():
+    """As another thread may change them: the result is not kept for values that it is perhaps not of."""
+    cache, tensor, computed = ValueCache(), torch.ones(3), []
+
+    def compute(change=0.0):
+        result = tensor.clone()
+        tensor.add_(change)
+        computed.append(result)
+        return result
+
+    cache.get((tensor,), lambda: compute(1.0))
+    assert torch.equal(cache.get((tensor,), compute), torch.full((3,), 2.0)) and len(computed) == 2
+    assert cache.get((tensor,), compute) is computed[1] and len(computed) == 2

@@ -13,6 +13,17 @@ import timm
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def unpack_tests(archive, folder):
+    """Writes NAME/tests/*.py of NAME.tar.gz, and nothing else, into a folder; returns its NAME."""
+    name = archive.name.removesuffix('.tar.gz')
+    (folder / name / 'tests').mkdir(parents=True)
+    with tarfile.open(archive) as tar:
+        for member in tar:  # not by extractall, whose filters some Python 3.10 and 3.11 lack
+            if member.isfile() and re.fullmatch(rf'{re.escape(name)}/tests/\w+\.py', member.name):
+                (folder / member.name).write_bytes(tar.extractfile(member).read())
+    return folder / name
+
+
 @pytest.fixture(scope='module')
 def timm_tests(tmp_path_factory):
     """Folder that holds timm's tests/ alone, so that the installed timm is what they test."""
@@ -26,10 +37,7 @@ def timm_tests(tmp_path_factory):
             pytest.fail(f'cannot download timm {timm.__version__}: {result.stderr[-2000:]}')
         pytest.skip('needs the package index for the source distribution of timm')
     (archive,) = folder.glob('timm-*.tar.gz')
-    with tarfile.open(archive) as tar:
-        members = [m for m in tar if m.isfile() and re.fullmatch(r'[^/]+/tests/\w+\.py', m.name)]
-        tar.extractall(folder, members=members, filter='data')
-    return folder / archive.name.removesuffix('.tar.gz')
+    return unpack_tests(archive, folder)
 
 
 @pytest.mark.timeout(1200)

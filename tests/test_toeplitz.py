@@ -1,4 +1,4 @@
-"""The kernels for GPUs: on a GPU where there is one, else in Triton's interpreter (conftest.py), and compiled for GPUs.
+"""The kernels for GPUs: on a GPU with tensor cores, else in Triton's interpreter (conftest.py), and compiled for GPUs.
 
 test_ops.py runs every backend, this one too; here is what is its own.
 """
@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from timm_smpconv import ops
+from timm_smpconv.ops.context import has_tensor_cores
 
 triton = pytest.importorskip('triton')
 toeplitz = pytest.importorskip('timm_smpconv.ops.toeplitz')
 
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+DEVICE = 'cuda' if torch.cuda.is_available() and has_tensor_cores(torch.device('cuda')) else 'cpu'
 # of the largest entry: inputs and results are rounded to this dtype, sums are in float32
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 

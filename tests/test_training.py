@@ -244,9 +244,9 @@ def test_distributed_training(tmp_path):
         from timm.optim import create_optimizer_v2
         from timm.utils import ModelEmaV3
         from timm_smpconv.layers import SMPKernel
-        rank, port, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+        rank, out = int(sys.argv[1]), sys.argv[2]
         torch.set_num_threads(1)
-        dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+        dist.init_process_group('gloo', init_method=f'file://{out}/store', rank=rank, world_size=2)
         torch.manual_seed(rank)  # DDP broadcasts rank 0's weights
         model = timm.create_model('smpconv_seq_mnist', depth=2, dim=6, kernel_size=40, num_points=5, radius=0.05)
         optimizer = create_optimizer_v2(model, 'adam', lr=5.0)
@@ -268,15 +268,10 @@ def test_distributed_training(tmp_path):
         dist.destroy_process_group()
         """)
     )
-    import socket
-
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(port), str(tmp_path)],
+            [sys.executable, str(script), str(rank), str(tmp_path)],
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
