@@ -1,5 +1,6 @@
 """The command line, in process."""
 
+import dataclasses
 import io
 import json
 import os
@@ -23,11 +24,13 @@ from timm_smpconv._files import save_tensors
 from timm_smpconv.catalog import model_names
 from timm_smpconv.classes import CIFAR10
 from timm_smpconv.cli import main
+from timm_smpconv.confusion import draw_confusion
+from timm_smpconv.data import speaker_number
 from timm_smpconv.predict import check_inputs, class_names, load_image, load_model, predict_files
-from timm_smpconv.recipe import read_recipe
+from timm_smpconv.recipe import Recipe, read_recipe
 from timm_smpconv.tasks import TASKS, network_input, stepwise
 from timm_smpconv.validate import validate
-from timm_smpconv.weights import WEIGHTS, bundled_path, wilson
+from timm_smpconv.weights import WEIGHTS, bundled_path, design_effect, training_speakers, wilson
 
 DIGITS = Path(__file__).resolve().parents[1] / 'examples' / 'digits'
 RECIPES = Path(__file__).resolve().parents[1] / 'recipes'
@@ -90,6 +93,20 @@ def test_version(capsys):
 def test_wrong_arguments(capsys, args):
     status, out, err = run(capsys, *args)
     assert status == 2 and not out and 'usage:' in err
+
+
+@pytest.mark.parametrize('command', ['', 'predict', 'list', 'validate', 'data', 'train', 'convert', 'push', 'verify'])
+def test_help(capsys, command):
+    """argparse formats it, and fails on a stray percent sign."""
+    status, out, err = run(capsys, *command.split(), '--help')
+    assert status == 0 and not err and out.startswith(f'usage: timm-smpconv {command}'.rstrip())
+
+
+def test_help_of_train_names_every_field(capsys):
+    _, out, _ = run(capsys, 'train', '--help')
+    for field in dataclasses.fields(Recipe):
+        option = '--' + field.name.replace('_', '-')
+        assert re.search(rf'^  {option}[ ,]', out, re.M), option
 
 
 # list
@@ -203,6 +220,47 @@ def test_predict_takes_all_kinds_of_files(capsys, tmp_path, checkpoint):
         probabilities = [p['probability'] for p in entry['predictions']]
         assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) <= 1.0001
         assert all(p['label'] == str(p['index']) for p in entry['predictions'])
+
+
+# blocks that compression and conversion leave as they are, in a row
+BLOCKS = np.array([[255, 0, 0], [0, 0, 255], [255, 255, 0], [90, 90, 90]], np.uint8)
+
+
+def _blocks(tmp_path, name, image, tolerance, wanted=BLOCKS, **options):
+    """Saves a row of blocks of 16 x 16 pixels, and compares the middle of each with what is read."""
+    image.resize((16 * image.width, 16 * image.height), Image.Resampling.NEAREST).save(tmp_path / name, **options)
+    read = np.asarray(load_image(tmp_path / name, 3))[8::16, 8::16].astype(int)
+    assert np.abs(read - np.reshape(wanted, read.shape)).max() <= tolerance, read
+
+
+@pytest.mark.parametrize('name,tolerance', [('CMYK.tif', 0), ('CMYK.jpg', 8)])
+def test_colours_of_printing(tmp_path, name, tolerance):
+    _blocks(tmp_path, name, Image.fromarray(BLOCKS[None]).convert('CMYK'), tolerance)
+
+
+def test_colours_of_a_palette(tmp_path):
+    image = Image.fromarray(np.arange(4, dtype=np.uint8)[None])
+    image.putpalette(BLOCKS.tobytes())
+    _blocks(tmp_path, 'P.png', image, 0)
+    _blocks(tmp_path, 'one.png', image, 0, [BLOCKS[0], [255] * 3, BLOCKS[2], BLOCKS[3]], transparency=1)
+    half = [BLOCKS[0], [127, 127, 255], [255] * 3, BLOCKS[3]]  # over the white ground
+    _blocks(tmp_path, 'alpha.png', image, 1, half, transparency=bytes([255, 128, 0, 255]))
+
+
+def test_colours_of_lab(tmp_path):
+    """Lightness and two axes of colour, from green to red and from blue to yellow; grey lies in the middle of both."""
+    values = np.array([[138, 209, 198], [76, 196, 16], [249, 112, 222], [97, 128, 128]], np.uint8)
+    _blocks(tmp_path, 'LAB.tif', Image.merge('LAB', Image.fromarray(values[None]).split()), 30)  # roughly
+
+
+@pytest.mark.parametrize('orientation,turns', [(1, 0), (3, 2), (6, 3), (8, 1)])
+def test_upright(tmp_path, orientation, turns):
+    """6 wants a quarter turn clockwise, 8 the other one."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = _pixels((5, 4, 3))
+    Image.fromarray(pixels).save(tmp_path / 'photo.png', exif=exif.tobytes())
+    assert (np.asarray(load_image(tmp_path / 'photo.png', 3)) == np.rot90(pixels, turns)).all()
 
 
 @pytest.mark.parametrize('dtype,white', [(np.uint8, 255), (np.uint16, 65535), (np.int32, 65535), (np.float32, 1)])
@@ -438,6 +496,26 @@ def test_validate(capsys, tmp_path, data, name):
         assert image.format == 'PNG' and min(image.size) > 500 and len(image.convert('L').getcolors()) > 3
 
 
+def test_confusion_picture(tmp_path):
+    """Rows are true classes and columns predicted ones, right is blue and wrong is red, by the share of the row."""
+    confusion = torch.tensor([[8, 0, 0], [3, 1, 0], [0, 0, 2]])
+    draw_confusion(confusion, ['a', 'b', 'c'], 'three classes', tmp_path / 'picture.png')
+    pixels = np.asarray(Image.open(tmp_path / 'picture.png')).astype(int)
+    grid = (pixels == (205, 205, 205)).all(-1)
+    rows, columns = ((grid.sum(axis) > 100).nonzero()[0] for axis in (1, 0))  # of its lines
+    assert len(rows) == len(columns) == 4
+    colours = {}
+    for i in range(3):
+        for j in range(3):
+            cell = pixels[rows[i] + 1 : rows[i + 1], columns[j] + 1 : columns[j + 1]]
+            colours[i, j] = red, green, blue = tuple(cell[2, 2])
+            number = int(confusion[i, j])
+            assert ((cell != cell[2, 2]).any(-1).sum() > 5) == (number > 0)  # written into it
+            wanted = (blue > red and blue > green) if i == j else (red > blue and red > green)
+            assert wanted if number else (red, green, blue) == (255, 255, 255)
+    assert colours[0, 0] == colours[2, 2] != colours[1, 1] and sum(colours[0, 0]) < sum(colours[1, 1])
+
+
 @pytest.mark.parametrize('name', ['smpconv_seq_speech', 'smpconv_seq_speech_raw', 'smpconv_seq_chartraj'])
 def test_step_statistics(tmp_path, data, name):
     """Inputs are normalised as by the authors' normalise_data, step by step; validate gives them to the network."""
@@ -482,6 +560,25 @@ def test_weights_that_do_not_say_their_normalisation(capsys, caplog, tmp_path, d
     for command in (arguments, ['predict', '--model', 'smpconv_seq_speech', 'a.wav', '--checkpoint-path', weights]):
         status, _, err = run(capsys, *command)
         assert status == 2 and 'Cannot load' in err and err.count('\n') == 1
+
+
+def test_the_same_recordings_are_left_out_of_any_copy(tmp_path, data):
+    """Speakers that the bundled weights were trained on: their file is known by its contents; of others nothing is."""
+    name, bundled = 'smpconv_seq_speech', bundled_path('smpconv_seq_speech.sc')
+    tensors = load_file(data / 'speech_commands' / 'test.safetensors')
+    known = [speaker_number(speaker) for speaker in training_speakers('smpconv_seq_speech.sc')[:5]]
+    tensors['speakers'] = torch.tensor([0] * 15 + known)
+    (tmp_path / 'speech_commands').mkdir()
+    save_file(tensors, tmp_path / 'speech_commands' / 'test.safetensors')
+    copy = shutil.copy(bundled, tmp_path / 'copy.pt')
+    own = validate(name, tmp_path, progress=False)
+    assert own.left_out == 5 and torch.equal(own.labels, tensors['labels'][:15])
+    for file in (bundled, copy):
+        given = validate(name, tmp_path, file, progress=False)
+        assert given.left_out == 5 and torch.equal(given.labels, own.labels)
+        assert torch.equal(given.predictions, own.predictions)
+    other = validate(name, tmp_path, _save(name, tmp_path / 'other.safetensors'), progress=False)
+    assert (other.left_out, other.total) == (0, 20)
 
 
 def test_validate_counts(tmp_path, data):
@@ -570,6 +667,13 @@ def test_train(capsys, tmp_path, data, monkeypatch):
     assert status == 2 and 'expected a JSON object' in err
 
 
+def test_train_on_a_device_that_is_not_there(capsys, tmp_path, data):
+    arguments = ('train', '--data', data, '--output', tmp_path / 'run', '--batch-size', 4, '--val-images', 5)
+    status, out, err = run(capsys, *arguments, '--device', 'nowhere')
+    assert status == 2 and not out and err.count('\n') == 1
+    assert err.startswith("timm-smpconv: device 'nowhere' cannot be used") and not (tmp_path / 'run').exists()
+
+
 @pytest.mark.parametrize(
     'recipe,message',
     [
@@ -602,6 +706,18 @@ def test_wilson():
     low, high = wilson(9950, 10000)
     assert (low, high) == (pytest.approx(0.9934, abs=5e-5), pytest.approx(0.9962, abs=5e-5))
     assert wilson(5, 5)[1] == 1.0 and wilson(0, 5)[0] == 0.0
+    assert wilson(995, 1000, 4.0) == pytest.approx(wilson(248.75, 250))
+
+
+def test_design_effect():
+    """Equal answers within groups of m count once; independent ones, or none that differ, count as they are."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.arange(400).repeat_interleave(8)
+    right = torch.rand(400, generator=generator) < 0.7
+    assert design_effect(right.repeat_interleave(8), groups) == pytest.approx(8 * 400 / 399)
+    assert design_effect(torch.rand(3200, generator=generator) < 0.7, groups) == pytest.approx(1.0, abs=0.15)
+    assert design_effect(torch.ones(8, dtype=torch.bool), torch.arange(8)) == 1.0
+    assert design_effect(torch.tensor([True, False]), torch.zeros(2)) == 1.0
 
 
 # the bundled weights
@@ -630,6 +746,29 @@ def test_convert_command(capsys, tmp_path, checkpoint):
     assert status == 2 and 'shape of head.fc.weight: (10, 30), expected (3, 30)' in err
     status, out, err = run(capsys, *arguments[:-2])
     assert status == 2 and 'Nothing to do' in err
+
+
+def test_options_of_convert(capsys, tmp_path):
+    """The weights themselves or their average, a licence, and a network of another size, in weights and card."""
+    states = {}
+    for i, key in enumerate(('state_dict', 'state_dict_ema')):
+        torch.manual_seed(i)
+        states[key] = timm.create_model('smpconv_seq_mnist', depth=1, dim=4).state_dict()
+    torch.save(states, tmp_path / 'last.pth.tar')
+    command = ('convert', tmp_path / 'last.pth.tar', '--model', 'smpconv_seq_mnist')
+    size = ('--model-kwargs', '{"depth": 1, "dim": 4}')
+    assert run(capsys, *command, *size, '--out', tmp_path / 'average')[0] == 0
+    options = ('--no-ema', '--license', 'cc-by-4.0', '--deployed', '--out', tmp_path / 'itself')
+    assert run(capsys, *command, *size, *options)[0] == 0
+    for folder, key in (('average', 'state_dict_ema'), ('itself', 'state_dict')):
+        found = load_file(tmp_path / folder / 'model.safetensors')
+        assert found.keys() == states[key].keys() and all(torch.equal(found[k], states[key][k]) for k in found)
+        assert json.loads((tmp_path / folder / 'config.json').read_text())['model_args'] == dict(depth=1, dim=4)
+    cards = {folder: (tmp_path / folder / 'README.md').read_text() for folder in ('average', 'itself')}
+    assert '\nlicense: cc-by-4.0\n' in cards['itself'] and '\nlicense: unknown\n' in cards['average']
+    assert 'checkpoint_path=FILE, depth=1, dim=4)' in cards['itself']
+    status, _, err = run(capsys, *command, '--out', tmp_path / 'full')
+    assert status == 2 and 'does not fit smpconv_seq_mnist' in err
 
 
 def test_no_image_is_counted_as_another(capsys, tmp_path, data):

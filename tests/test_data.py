@@ -23,7 +23,7 @@ from torchvision.datasets import MNIST
 from timm_smpconv import data
 from timm_smpconv._files import atomic_path, read_metadata, save_tensors, write_text
 from timm_smpconv.classes import CIFAR10, SPEECH_WORDS
-from timm_smpconv.data import load_character_trajectories, load_mnist, load_speech, prepare
+from timm_smpconv.data import load_character_trajectories, load_mnist, load_speech, prepare, speaker_number
 
 
 def make(name, folder, *archives):
@@ -324,6 +324,26 @@ def test_wrong_speech(tmp_path):
         with pytest.raises(ValueError, match=message):
             make('speech_commands', tmp_path / 'data', *archives)
     assert nothing_left(tmp_path) and not (tmp_path / 'data' / 'speech_commands').exists()
+
+
+def test_two_archives_in_a_folder(tmp_path):
+    """Their names say nothing of which is for training, unless they are numbered; the order of the arguments does."""
+    given = tmp_path / 'given'
+    given.mkdir()
+    train = write_tar(given / 'train.tar', speech_members(['0a', '0b']))
+    test = write_tar(given / 'test.tar', speech_members(['0c']))
+    with pytest.raises(ValueError, match=r'given holds test\.tar and train\.tar.*both .* by name, training data first'):
+        make('speech_commands', tmp_path / 'data', given)
+    assert nothing_left(tmp_path) and not (tmp_path / 'data' / 'speech_commands').exists()
+    (tmp_path / 'other').mkdir()
+    shutil.copy(test, tmp_path / 'other')
+    for i, archives in enumerate(((train, test), (train, tmp_path / 'other'))):
+        folder = tmp_path / f'data{i}'
+        assert make('speech_commands', folder, *archives).counts == dict(train=20, test=10)
+        assert load_speech(folder, False).speakers.unique().tolist() == [speaker_number('0c')]
+    for archive, name in ((train, 'part1.tar'), (test, 'part2.tar')):
+        archive.rename(given / name)
+    assert make('speech_commands', tmp_path / 'numbered', given).counts == dict(train=20, test=10)
 
 
 def test_flac_without_soundfile(tmp_path, monkeypatch):

@@ -118,21 +118,28 @@ def test_asked_once(script, data, tmp_path):
     )
     train, held = script['load_images'](data / 'train', 1)
     assert len(train[1]) == 50 and held[1].tolist() == list(range(10))
+    phase = script['Phase'](1, 1e-3, model_kwargs=dict(depth=1, dim=8, kernel_size=64))
+
+    def student():
+        torch.manual_seed(0)
+        model = script['create'](recipe, phase, None).train()
+        model.head.fc.weight.data *= 100  # almost zero, logits would make nearly the same loss of any answers
+        return model
+
     losses = []
     for once in (False, True):
         recipe = dataclasses.replace(recipe, ask_once=once, task_loss_weight=0.3)
         trainer = script['Trainer'](recipe, tmp_path, train, held, torch.device('cpu'))
-        phase = script['Phase'](1, 1e-3, model_kwargs=dict(depth=1, dim=8, kernel_size=64))
-        torch.manual_seed(0)
-        model = script['create'](recipe, phase, None).train()
-        step = trainer.make_step(model, trainer.make_optimizer(model, phase), phase)
         x, target = trainer.normalize(train[0][:20]), F.one_hot(train[1][:20], 10).float()
-        losses.append(step(x, target, *([trainer.answers[:20]] if once else [])).item())
+        for answers in ([trainer.answers[:20]], [trainer.answers[:20].roll(1, 1)]) if once else ([],):
+            model = student()
+            step = trainer.make_step(model, trainer.make_optimizer(model, phase), phase)
+            losses.append(step(x, target, *answers).item())
     lesson = trainer.teacher(x).div(2).softmax(1)
-    torch.manual_seed(0)
-    logits = script['create'](recipe, phase, None).train()(x)
+    logits = student()(x)
     wanted = 0.3 * F.cross_entropy(logits, target) + 0.7 * 4 * F.cross_entropy(logits / 2, lesson)
     assert losses[0] == pytest.approx(losses[1], rel=1e-2) == pytest.approx(wanted.item(), rel=2e-2)
+    assert losses[2] != pytest.approx(losses[1], rel=4e-2)  # of other answers
 
 
 def test_nothing_held_out(script, data, tmp_path):

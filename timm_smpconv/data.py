@@ -145,7 +145,13 @@ def prepare(
     for archive in map(Path, archives):
         if not archive.exists():
             raise FileNotFoundError(f'No archive at {archive}.')
-        files += sorted(file for file in archive.iterdir() if file.is_file()) if archive.is_dir() else [archive]
+        if archive.is_dir():
+            inside = sorted(file for file in archive.iterdir() if file.is_file())
+            if make is _make_speech:
+                _check_order(archive, inside)
+            files += inside
+        else:
+            files.append(archive)
     if archives and not files:
         raise ValueError(f'{archives[0]} has no files in it: give the archive itself, or the folder that it lies in.')
 
@@ -403,6 +409,17 @@ def _make_speech(target: Path, files: List[Path], downloads: Path, progress: boo
             ),
         )
     return {part: len(recordings) for part, recordings in parts.items()}
+
+
+def _check_order(folder: Path, files: List[Path]) -> None:
+    """Refuses two archives whose names do not say which one is the training data, as numbers would."""
+    official = PurePosixPath(_SPEECH_URL).name
+    archives = _tar_files(files, official)
+    if len(archives) == 2 and len({re.sub(r'\d+', '', archive.name) for archive in archives}) == 2:
+        raise ValueError(
+            f'{folder} holds {archives[0].name} and {archives[1].name}, and does not say which of them is the training '
+            f'data: expected both archives by name, training data first, or a folder with {official}.'
+        )
 
 
 def _read_recordings(file: Path, progress: bool) -> Tuple[Dict[Tuple[str, str, int], np.ndarray], Optional[Set[str]]]:
