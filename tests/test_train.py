@@ -219,6 +219,10 @@ def test_raw_speech(data_dir, tmp_path):
     recipe = Recipe('smpconv_seq_speech_raw', epochs=1, **{**SPEECH, 'model_kwargs': kwargs}, val_percent=0)
     train(recipe, data_dir, tmp_path, progress=False)
     assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).pretrained_cfg['mean'] == [0.0]
+    config = json.loads((tmp_path / 'config.json').read_text())
+    config['pretrained_cfg']['mean'] = [0.5]
+    (tmp_path / 'config.json').write_text(json.dumps(config))  # which has the last word
+    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).pretrained_cfg['mean'] == [0.5]
     assert _log(tmp_path)[0]['val_accuracy'] == ''
 
 

@@ -161,7 +161,8 @@ def _read_weights(
     # timm reads less: the authors' ImageNet files have numbers of numpy in them
     checkpoint = read_checkpoint(file)
     check_architecture(checkpoint, variant, str(file))
-    if key in WEIGHTS and file == bundled_path(key):  # whose statistics are the configuration's
+    # the statistics of bundled weights, and of those with a config.json, are the configuration's
+    if (key in WEIGHTS and file == bundled_path(key)) or cfg.get('source') in ('hf-hub', 'local-dir'):
         return checkpoint, {}
     carried = carried_settings(file, None, checkpoint)
     return checkpoint, {name: carried[name] for name in ('mean', 'std') if name in carried}
