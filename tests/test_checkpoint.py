@@ -303,6 +303,14 @@ class TestPermutation:
         assert relative_error(loaded(x), model(x)) <= 1e-5
         reinit_non_persistent_buffers(loaded)  # of timm, for models whose buffers are in no checkpoint
         assert relative_error(loaded(x), model(x)) <= 1e-5
+        empty = timm.create_model(self.name, device='meta')  # as transformers loads, without load_state_dict
+        empty.to_empty(device='cpu').eval()
+        for key, value in model.state_dict().items():
+            module, _, last = key.rpartition('.')
+            empty.get_submodule(module)._parameters.pop(last, None)
+            setattr(empty.get_submodule(module), last, value)
+        reinit_non_persistent_buffers(empty)
+        assert torch.equal(empty.stem.permute.permutation, model.stem.permute.permutation)
 
 
 @pytest.mark.parametrize('name', ['smpconv_seq_pmnist', 'smpconv_seq_speech'])

@@ -3,9 +3,12 @@
 import math
 
 import pytest
+import timm
 import torch
 
+from timm_smpconv import tasks
 from timm_smpconv.features import MFCC
+from timm_smpconv.tasks import TASKS, network_input
 
 # of torchaudio 2.11: transforms.MFCC(16000, n_mfcc=20, log_mels=True, melkwargs=dict(n_fft=200, hop_length=100,
 # n_mels=64)), in float64, for the wave below; its own float32 result differs by 2e-4 from these
@@ -57,3 +60,15 @@ def test_batches_do_not_matter():
 def test_more_coefficients_than_bands():
     with pytest.raises(ValueError, match='n_mfcc must not exceed n_mels = 10, got 11'):
         MFCC(n_mels=10, n_mfcc=11)
+
+
+def test_gradients_after_inference():
+    """Saliency of a wave, in a process that has measured before."""
+    task, cfg = TASKS['smpconv_seq_speech'], timm.get_pretrained_cfg('smpconv_seq_speech').to_dict()
+    tasks._mfcc.cache_clear()
+    wave = torch.randn(1, 16000)
+    with torch.inference_mode():
+        network_input(task, wave, cfg)
+    wave.requires_grad_()
+    network_input(task, wave, cfg).sum().backward()
+    assert wave.grad.abs().sum() > 0

@@ -23,6 +23,7 @@ from timm_smpconv import WeightsError, download, fetch, store
 from timm_smpconv._text import without_password
 from timm_smpconv.convert import convert
 from timm_smpconv.fetch import locate
+from timm_smpconv.predict import check_inputs, load_model
 from timm_smpconv.weights import WEIGHTS, Weights, bundled_path, fixed_input
 
 MODEL, NAME = 'smpconv_seq_speech', 'smpconv_seq_speech.sc'
@@ -86,6 +87,18 @@ def test_authors_file(mode, drive, own):
     entry = json.loads((own / NAME / 'weights.json').read_text())
     assert entry['source'].endswith('1abc/view') and len(entry['source_sha256']) == 64
     assert [f for f in files(own) if not f.startswith(('.locks', NAME))] == []
+
+
+def test_inputs_of_a_file_that_is_fetched_now(own, monkeypatch, caplog, tmp_path):
+    """The first measurement tells already that nobody knows how the authors' inputs were normalised."""
+    name = 'smpconv_seq_chartraj'
+    torch.save(dict(model=reference_state(name)), tmp_path / 'authors.pth')
+    with servers.serve(servers.Drive((tmp_path / 'authors.pth').read_bytes())) as server:
+        monkeypatch.setenv('TIMM_SMPCONV_DRIVE_URL', server.url)
+        check_inputs(name)
+        assert 'does not say how its inputs were normalised' in caplog.text and len(server.requests) == 1
+        load_model(name)
+        assert len(server.requests) == 1
 
 
 def test_server_without_ranges(drive):
