@@ -403,7 +403,7 @@ class Trainer:
             ema.module.load_state_dict(saved['state_dict_ema'])
             self.rows = saved['rows']
             torch.set_rng_state(saved['rng'].cpu())
-            if device.type == 'cuda':
+            if device.type == 'cuda' and saved['rng_cuda'] is not None:  # None of a run that began on a CPU
                 torch.cuda.set_rng_state(saved['rng_cuda'].cpu(), device)
         step = self.make_step(model, optimizer, phase)
         steps = len(self.labels) // phase.batch_size
