@@ -650,6 +650,7 @@ def test_wrong_channels(name, model):
         ('smpconv_seq_mnist', dict(global_pool='max'), ('last', 'avg', 'max')),
         ('smpconv_seq_mnist', dict(global_pool=''), ('global_pool', 'num_classes')),
         ('smpconv_seq_mnist', dict(permutation=[0, 0, 1]), ('permutation', '2')),
+        ('smpconv_seq_mnist', dict(global_pool=None), ('nothing to classify', '10')),
     ],
 )
 def test_arguments_that_cannot_work(name, kwargs, words):

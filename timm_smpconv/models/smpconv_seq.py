@@ -133,7 +133,7 @@ class SequenceHead(nn.Module):
         """
         super().__init__()
         self.in_features = in_features
-        self.reset(num_classes, pool_type)
+        self.reset(num_classes, pool_type or '')
         self.to(device=device, dtype=dtype)
 
     @torch.jit.ignore
