@@ -100,7 +100,10 @@ class PointwiseConv2d(nn.Conv2d):
             ValueError: Another kernel size, stride, padding, dilation or number of groups.
         """
         if to_2tuple(kernel_size) != (1, 1) or groups != 1:
-            raise ValueError(f'PointwiseConv2d has 1 x 1 taps and one group, got {kernel_size} and {groups}.')
+            raise ValueError(
+                f'PointwiseConv2d has 1 x 1 taps and one group, got {kernel_size} and {groups}: torch.nn has layers for '
+                f'others.'
+            )
         _check_geometry(self, stride, padding, dilation, (0, 0))
         super().__init__(in_chs, out_chs, 1, bias=bias, device=device, dtype=dtype)
 
@@ -146,7 +149,7 @@ class CausalConv1d(DropsCaches, nn.Conv1d):
             ValueError: Another stride, padding, dilation or number of groups.
         """
         if groups != 1:
-            raise ValueError(f'CausalConv1d has one group, got {groups}.')
+            raise ValueError(f'CausalConv1d has one group, got {groups}: torch.nn has layers for others.')
         _check_geometry(self, stride, padding, dilation, (0,))
         super().__init__(in_chs, out_chs, kernel_size, bias=bias, device=device, dtype=dtype)
         self._kept = KernelCache()
@@ -454,7 +457,7 @@ def _check_geometry(conv: nn.Module, stride: Any, padding: Any, dilation: Any, e
     ones = (1,) * len(expected)
     for name, value, wanted in (('stride', stride, ones), ('padding', padding, expected), ('dilation', dilation, ones)):
         if (value if isinstance(value, (tuple, list)) else (value,) * len(expected)) not in (wanted, list(wanted)):
-            raise ValueError(f'{type(conv).__name__} has {name}={wanted}, got {value}.')
+            raise ValueError(f'{type(conv).__name__} has {name}={wanted}, got {value}: torch.nn has layers for others.')
 
 
 def _is_depthwise(in_chs: int, out_chs: int, groups: int) -> bool:

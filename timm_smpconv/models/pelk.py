@@ -115,9 +115,10 @@ class PeLKBlock(nn.Module):
                 )
             dd = dict(device=old.weight.device, dtype=old.weight.dtype)
             # a new one: the weight of the old may be computed in each call
-            last = skip_init(nn.Linear, old.in_features, old.out_features, **dd)
+            last = skip_init(nn.Linear, old.in_features, old.out_features, bias=old.bias is not None, **dd)
             last.weight.data = (to_float64(old.weight.data) * gamma[:, None]).to(old.weight)
-            last.bias.data = (to_float64(old.bias.data) * gamma).to(old.weight)
+            if old.bias is not None:
+                last.bias.data = (to_float64(old.bias.data) * gamma).to(old.weight)
             self.mlp.fc2, self.gamma = last.train(self.training), None
         if isinstance(self.conv, PeripheralConv2d):
             self.conv = self.conv.fuse(pos_embed if self.embedded else None)
