@@ -101,8 +101,8 @@ class PointwiseConv2d(nn.Conv2d):
         """
         if to_2tuple(kernel_size) != (1, 1) or groups != 1:
             raise ValueError(
-                f'PointwiseConv2d has 1 x 1 taps and one group, got {kernel_size} and {groups}: torch.nn has layers for '
-                f'others.'
+                f'PointwiseConv2d has 1 x 1 taps and one group, got {kernel_size} and {groups}: torch.nn has layers '
+                f'for others.'
             )
         _check_geometry(self, stride, padding, dilation, (0, 0))
         super().__init__(in_chs, out_chs, 1, bias=bias, device=device, dtype=dtype)
