@@ -16,6 +16,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
 from timm_smpconv.layers import PeripheralKernel, SMPKernel
+from timm_smpconv.models import SMPConvSeq
 from timm_smpconv.models.smpconv import Stem
 
 SEQUENCES = [name for name in ALL_MODELS if '_seq_' in name]
@@ -650,13 +651,18 @@ def test_wrong_channels(name, model):
         ('smpconv_seq_mnist', dict(global_pool='max'), ('last', 'avg', 'max')),
         ('smpconv_seq_mnist', dict(global_pool=''), ('global_pool', 'num_classes')),
         ('smpconv_seq_mnist', dict(permutation=[0, 0, 1]), ('permutation', '2')),
-        ('smpconv_seq_mnist', dict(global_pool=None), ('nothing to classify', '10')),
     ],
 )
 def test_arguments_that_cannot_work(name, kwargs, words):
     with pytest.raises(ValueError) as e:
         timm.create_model(name, **kwargs)
     assert all(word in str(e.value) for word in words), e.value
+
+
+@pytest.mark.parametrize('pool', ['', None])
+def test_classes_need_pooling(pool):
+    with pytest.raises(ValueError, match='nothing to classify'):
+        SMPConvSeq(global_pool=pool, kernel_size=9, depth=1)
 
 
 @pytest.mark.parametrize('name', ['smpconv_tiny', 'smpconv_cifar', 'smpconv_seq_mnist'])
