@@ -241,13 +241,14 @@ def test_inference_mode_starts_like_any_model(name):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize('name', ['smpconv_mobile31', 'smpconv_cifar', 'smpconv_seq_chartraj'])
+@pytest.mark.parametrize('name', ['smpconv_mobile31', 'smpconv_cifar', 'smpconv_seq_chartraj', 'smpconv_seq_mnist'])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
 @torch.no_grad()
 def test_half_precision(name, dtype, tolerance):
     model = randomize_norms(build(name)).eval()
     x = make_input(name, 1)
     wanted = model(x)
+    assert relative_error(copy.deepcopy(model).to(dtype)(x.to(dtype)), wanted) <= tolerance
     deployed = model.reparameterize().to(dtype)
     assert relative_error(deployed(x.to(dtype)), wanted) <= tolerance
 

@@ -369,13 +369,41 @@ def test_sizes_that_cannot_work(size):
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize('ndim', [1, 2])
 def test_half_precision_parameters(dtype, tolerance, ndim):
-    """Rendered as the float32 kernel of the same (rounded) parameters, but for rounding the result."""
+    """Rendered as the float32 kernel of the same (rounded) weights, but for rounding the result."""
     kernel = make_kernel(2, 3, 21, ndim, dtype=dtype)
     got = kernel()
     assert got.dtype == dtype and got.isfinite().all()
     assert relative_error(got, kernel.float()()) < tolerance
     kernel.to(dtype)().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in kernel.parameters())
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize('start', [torch.float32, torch.float64])
+def test_casts_leave_the_points_where_they_are(start, dtype, tolerance):
+    """16,000 taps, of which a point reaches some thirty: between two numbers of bfloat16 lie as many."""
+    kernel = SMPKernel(2, 3, 16_000, ndim=1, num_points=5, radius=0.0019, causal=True, dtype=start)
+    with torch.no_grad():
+        kernel.coords.uniform_(-1, 1)
+        kernel.radius_offset.uniform_(-0.005, 0.005)
+    wanted, radius = kernel(), kernel.radius.detach().float()
+    wanted.sum().backward()
+    grads = [p.grad.clone() for p in kernel.parameters()]
+    kernel.to(dtype)
+    assert {n: t.dtype for n, t in kernel.state_dict().items()} == {
+        'coords': torch.float32, 'base_radius': torch.float32, 'radius_offset': torch.float32, 'weights': dtype
+    }  # fmt: skip
+    assert torch.allclose(kernel.radius, radius, rtol=1e-6)
+    got = kernel()
+    assert got.dtype == dtype and relative_error(got, wanted) < tolerance
+    assert all(
+        p.grad.dtype == p.dtype and relative_error(p.grad, g) < tolerance for p, g in zip(kernel.parameters(), grads)
+    )
+    built = SMPKernel(2, 3, 16_000, ndim=1, num_points=5, radius=0.0019, causal=True, dtype=dtype)
+    assert {n: t.dtype for n, t in built.state_dict().items()} == {n: t.dtype for n, t in kernel.state_dict().items()}
+    built.load_state_dict(kernel.state_dict())
+    assert torch.equal(built(), got)
+    assert {p.dtype for p in kernel.double().parameters()} == {torch.float64}
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
@@ -456,7 +484,7 @@ def test_support_leaves_out_zeros_alone(size, center, spread, radius, seed, dtyp
 
 @pytest.mark.parametrize('coord', [0.5, 0.65625, 0.75, 0.984375])
 def test_support_of_long_kernels_in_half_precision(coord):
-    """Between bfloat16 numbers lie more taps than the radius spans: coordinate less radius must not be rounded."""
+    """Between bfloat16 numbers lie more taps than the radius spans."""
     kernel = SMPKernel(1, 1, 16_000, ndim=1, num_points=1, radius=0.0019, causal=True)
     with torch.no_grad():
         kernel.coords.fill_(coord)

@@ -95,6 +95,9 @@ class SMPKernel(RenderedKernel):
     SGD or of an Adam-type optimizer moves the radius radius_lr_scale times as far as it would move a plain parameter.
     The offset is projected into its range when the next training step (or a checkpoint, or an EMA update) reads it.
 
+    Coordinates and radii are never of less than single precision, whatever the module is cast to: between two numbers
+    of bfloat16 lie many taps of a long kernel. The kernel has the dtype of the weights.
+
     Attributes:
         coords: point coordinates, (G, N, d) with G = 1 if the points are shared, else out_chs. Never clipped.
         radius: effective radii, (G, N), always within radius_range.
@@ -136,11 +139,13 @@ class SMPKernel(RenderedKernel):
             radius_lr_scale: Learning rate of the radii relative to that of all other parameters.
             learn_coords: Learn the coordinates; False keeps them fixed (Table 6).
             learn_radius: Learn the radii; False keeps them fixed (Table 6).
+            dtype: Of the weights, and of coordinates and radii if it is not of less than single precision.
 
         Raises:
             ValueError: An argument cannot work.
         """
-        dd = {'device': device, 'dtype': dtype}
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        dd = {'device': device, 'dtype': torch.promote_types(dtype, torch.float32)}
         super().__init__()
         if ndim not in (1, 2):
             raise ValueError(f'ndim must be 1 or 2, got {ndim}.')
@@ -177,8 +182,24 @@ class SMPKernel(RenderedKernel):
         self.coords = nn.Parameter(torch.empty(groups, num_points, ndim, **dd), requires_grad=learn_coords)
         self.register_buffer('base_radius', torch.empty(groups, num_points, **dd))
         self.radius_offset = nn.Parameter(torch.empty(groups, num_points, **dd), requires_grad=learn_radius)
-        self.weights = nn.Parameter(torch.empty(out_chs, in_chs, num_points, **dd))
+        self.weights = nn.Parameter(torch.empty(out_chs, in_chs, num_points, device=device, dtype=dtype))
         self.reset_parameters()
+
+    def _apply(self, fn, recurse=True):
+        points = [
+            self._parameters.get('coords'),
+            self._parameters.get('radius_offset'),
+            self._buffers.get('base_radius'),
+        ]
+        points += [t.grad for t in points if t is not None]
+
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            if result.element_size() >= 4 or not any(tensor is t for t in points):
+                return result
+            return tensor.to(result.device, torch.float32)  # what it was before it was rounded
+
+        return super()._apply(apply, recurse)
 
     def reset_parameters(self) -> None:
         """Draws new coordinates and weights and sets all radii to their initial value."""
@@ -281,8 +302,7 @@ class SMPKernel(RenderedKernel):
         # shared points are few: there is nothing to gain by looking up their taps
         if math.prod(size) < 2 * _SUPPORT_STEP or (self.shared_points and not self.causal):
             return self._render_full_precision(size)
-        # half precision would lose the radius in the difference
-        radius = self.radius.detach().to(torch.promote_types(self.weights.dtype, torch.float32))
+        radius = self.radius.detach()
         first = (self.coords.detach() - radius.unsqueeze(2)).min().item()
         if not math.isfinite(first):
             return self._render_full_precision(size)

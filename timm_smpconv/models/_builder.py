@@ -197,7 +197,7 @@ def _deploy(
     Raises:
         RuntimeError: They do not fit the network.
     """
-    # half precision would move the points by whole taps: timm casts the rendered kernels
+    # rounded once: timm casts the rendered kernels
     dtype = torch.promote_types(model_args.get('dtype') or torch.get_default_dtype(), torch.float32)
     model = model_cls(**{**model_args, 'inference_mode': False, 'num_classes': 0, 'dtype': dtype})
     # passed on as it is: timm drops one for other classes once this has returned
