@@ -355,7 +355,7 @@ def test_flac_without_soundfile(tmp_path, monkeypatch):
     original = builtins.__import__
     monkeypatch.setattr(builtins, '__import__', absent)
     archive = write_tar(tmp_path / 'flac.tar', {'go/0a_nohash_0.flac': b'fLaC'})
-    with pytest.raises(ValueError, match=r'pip install timm-smpconv\[audio\]'):
+    with pytest.raises(ValueError, match=r'pip install soundfile'):
         make('speech_commands', tmp_path, archive, archive)
 
 

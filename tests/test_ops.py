@@ -435,9 +435,9 @@ def test_documented_rule(in_chs, out_chs, size, taps, infer, train, infer_one, t
         for grad, name in zip((False, True), expected):
             x = torch.empty(batch, in_chs, *size, device='meta', requires_grad=grad)
             assert ops.choose_backend(x, weight, left, not out_chs) == name
-            if not out_chs and taps in ((31, 31), (51, 51)) and batch > 1:
+            if not out_chs and taps in ((31, 31), (51, 51), (29, 29)) and batch > 1:
                 last = x.detach().to(memory_format=torch.channels_last).requires_grad_(grad)
-                reordered = 'direct' if taps == (31, 31) and not grad else 'fft'
+                reordered = 'direct' if taps == (29, 29) or (taps == (31, 31) and not grad) else 'fft'
                 assert ops.choose_backend(last, weight, left, True) == reordered
 
 
@@ -458,18 +458,30 @@ GPU_RULE = [
     (36, 36, (32, 32), (33, 33), 512, torch.bfloat16, 'dft', 'dft'),
     (36, 36, (32, 32), (33, 33), 64, torch.float32, 'dft', 'dft'),
     (36, 36, (32, 32), (33, 33), 1, torch.float32, 'dft', 'dft'),
+    (24, 24, (32, 32), (33, 33), 10, torch.float32, 'dft', 'direct'),
+    (24, 24, (32, 32), (33, 33), 11, torch.float32, 'dft', 'dft'),
+    (24, 36, (32, 32), (33, 33), 20, torch.bfloat16, 'dft', 'direct'),
+    (24, 36, (32, 32), (33, 33), 21, torch.bfloat16, 'dft', 'dft'),
     (3, 36, (32, 32), (33, 33), 64, torch.bfloat16, 'dft', 'dft'),
     (36, 36, (32, 32), (3, 3), 512, torch.bfloat16, 'direct', 'direct'),
     (36, 36, (32, 32), (9, 9), 512, torch.float32, 'dft', 'dft'),
-    (36, 36, (32, 32), (9, 9), 64, torch.float32, 'direct', 'direct'),
+    (36, 36, (32, 32), (9, 9), 70, torch.float32, 'direct', 'direct'),
+    (36, 36, (32, 32), (9, 9), 71, torch.float32, 'direct', 'dft'),
+    (36, 36, (32, 32), (9, 9), 81, torch.float32, 'dft', 'dft'),
     (64, 64, (56, 56), (31, 31), 512, torch.bfloat16, 'dft', 'dft'),
     (64, 64, (56, 56), (7, 7), 512, torch.bfloat16, 'direct', 'direct'),
     (128, 128, (28, 28), (13, 13), 64, torch.bfloat16, 'dft', 'dft'),
-    (30, 30, (784,), (784,), 64, torch.bfloat16, 'fft', 'fft'),
+    (30, 30, (784,), (784,), 1, torch.float32, 'fft', 'direct'),
+    (30, 30, (784,), (784,), 10, torch.float32, 'fft', 'fft'),
+    (30, 30, (784,), (784,), 18, torch.bfloat16, 'direct', 'direct'),
+    (30, 30, (784,), (784,), 19, torch.bfloat16, 'direct', 'fft'),
+    (30, 30, (784,), (784,), 21, torch.bfloat16, 'fft', 'fft'),
+    (30, 30, (4000,), (4000,), 1, torch.bfloat16, 'fft', 'fft'),
     (30, 30, (16000,), (16000,), 8, torch.bfloat16, 'fft', 'fft'),
     (30, 30, (161,), (161,), 64, torch.bfloat16, 'direct', 'direct'),
-    (30, 30, (16000,), (60,), 64, torch.float32, 'fft', 'fft'),
-    (30, 30, (16000,), (60,), 1, torch.float32, 'direct', 'direct'),
+    (30, 30, (16000,), (60,), 8, torch.float32, 'fft', 'fft'),
+    (30, 30, (16000,), (60,), 7, torch.float32, 'direct', 'fft'),
+    (30, 30, (16000,), (60,), 5, torch.float32, 'direct', 'direct'),
     (30, 30, (784,), (5,), 512, torch.float32, 'direct', 'direct'),
 ]
 

@@ -13,6 +13,7 @@ import torch
 
 import timm_smpconv
 from timm_smpconv.catalog import model_names
+from timm_smpconv.classes import CIFAR10
 from timm_smpconv.predict import load_model, predict_files
 from timm_smpconv.weights import WEIGHTS
 
@@ -154,6 +155,15 @@ def test_models_in_the_readme(tmp_path, monkeypatch):
     assert names['digits'].pretrained_cfg['file'] and len(names['backbone'](names['x'])) == 3
     deployed = names['deployed'].eval()
     torch.testing.assert_close(deployed(names['x']), names['expected'], rtol=1e-3, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_image_in_the_readme(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = {'timm': timm}
+    exec(_python_block('Image.open('), names)
+    assert names['probabilities'].shape == (1, 10)
+    assert CIFAR10[names['probabilities'].argmax()] == 'cat'
 
 
 def test_layers_in_the_readme():

@@ -95,11 +95,15 @@ def test_takes_depthwise_maps_and_leaves_the_rest(launches):
         ((64, 768, 7, 7), 13, torch.bfloat16, True, True, 'toeplitz'),
         ((64, 32, 112, 112), 51, torch.bfloat16, False, False, 'toeplitz'),
         ((64, 32, 112, 112), 101, torch.float32, False, True, 'fft'),
+        ((64, 32, 112, 112), 101, torch.bfloat16, False, False, 'fft'),
+        ((64, 32, 112, 112), 101, torch.bfloat16, True, True, 'fft'),
         ((64, 384, 14, 14), 27, torch.bfloat16, True, False, 'toeplitz'),
         ((64, 96, 56, 56), 5, torch.bfloat16, True, True, 'direct'),
         ((64, 96, 56, 56), 5, torch.bfloat16, False, True, 'toeplitz'),
         ((64, 96, 56, 56), 3, torch.float32, True, False, 'direct'),
         ((1, 96, 56, 56), 7, torch.float32, False, False, 'direct'),
+        ((1, 96, 56, 56), 7, torch.float32, True, True, 'toeplitz'),
+        ((1, 96, 56, 56), 7, torch.bfloat16, True, True, 'direct'),
         ((64, 96, 56, 56), 31, torch.float64, False, False, 'fft'),  # the kernels take no float64
     ],
 )

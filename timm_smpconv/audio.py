@@ -82,7 +82,7 @@ def _soundfile(name: str) -> Any:
         import soundfile
     except (ImportError, OSError) as e:  # OSError: without the library that it wraps
         raise ValueError(
-            f'{name} is no plain WAV file: FLAC and other formats need pip install timm-smpconv[audio].'
+            f'{name} is no plain WAV file: FLAC and other formats need pip install soundfile.'
         ) from e
     return soundfile
 
