@@ -81,9 +81,7 @@ def _soundfile(name: str) -> Any:
     try:
         import soundfile
     except (ImportError, OSError) as e:  # OSError: without the library that it wraps
-        raise ValueError(
-            f'{name} is no plain WAV file: FLAC and other formats need pip install soundfile.'
-        ) from e
+        raise ValueError(f'{name} is no plain WAV file: FLAC and other formats need pip install soundfile.') from e
     return soundfile
 
 
