@@ -24,7 +24,8 @@ import torch
 from tqdm import tqdm
 
 from timm_smpconv import ops
-from timm_smpconv._files import atomic_path
+from timm_smpconv._files import write_rows
+from timm_smpconv._text import one_line
 from timm_smpconv.ops import direct
 
 # channels in and out (0: depthwise), map or steps, taps
@@ -199,18 +200,17 @@ def main() -> None:
                 break
             try:
                 times[case][name] = measure(case, name, args.device)
-            except torch.OutOfMemoryError:  # of a GPU
-                tqdm.write(f'{case} {name}: not enough memory', file=sys.stderr)
+            except RuntimeError as e:  # not enough memory, for one
+                tqdm.write(f'{case} {name}: {one_line(e)}', file=sys.stderr)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
-    if args.csv:
-        with atomic_path(Path(args.csv)) as part, open(part, 'w', newline='') as file:
-            writer = csv.writer(file)
-            columns = [field.name for kind in (Case, Machine) for field in dataclasses.fields(kind)]
-            writer.writerow([*columns, 'backend', 'ms'])
-            for case, measured in times.items():
-                for name, ms in measured.items():
-                    writer.writerow([*dataclasses.astuple(case), *dataclasses.astuple(machine), name, f'{ms:.4g}'])
+    rows = [
+        {**dataclasses.asdict(case), **dataclasses.asdict(machine), 'backend': name, 'ms': f'{ms:.4g}'}
+        for case, measured in times.items()
+        for name, ms in measured.items()
+    ]
+    if args.csv and rows:
+        write_rows(Path(args.csv), rows)
     report(times, machine, args.limit)
 
 

@@ -12,7 +12,6 @@ contiguous NCHW tensors with torch.nn.functional.conv2d, 1D convolution by compl
 
 import argparse
 import dataclasses
-import os
 import platform
 import resource
 import statistics
@@ -430,7 +429,7 @@ def main() -> None:
     parser.add_argument('--skip', nargs='*', default=[], help='leave out these paths (plain stays)')
     parser.add_argument('--repeats', type=int, default=7, help='measured runs of each path')
     parser.add_argument('--seconds', type=float, default=20.0, help='no further run of a path after this time')
-    parser.add_argument('--threads', type=int, default=os.cpu_count(), help='threads of torch')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of torch')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='what to measure on (default: cpu)')
     parser.add_argument('--memory', action='store_true', help='measure peak memory too, each path in its own process')
     parser.add_argument('--csv', help='write the results here')
@@ -464,7 +463,8 @@ def main() -> None:
     )
     print('| case | path | ms | plain / path | peak MiB | goal |\n|---|---|---|---|---|---|')
     rows = []
-    bar = tqdm(total=sum(len(c.paths) for c in cases) * (args.repeats + 1), unit='run')
+    runs_in_all = sum(len(c.paths) for c in cases) * (args.repeats + 1)
+    bar = tqdm(total=runs_in_all, unit='run', mininterval=0.5 if sys.stderr.isatty() else 30.0)
     for case in cases:
 
         def progress(path: str, case: Case = case) -> None:

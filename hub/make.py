@@ -9,7 +9,6 @@ python hub/make.py --check   # exits with 1 if anything differs
 import argparse
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Dict, Sequence
 
@@ -17,7 +16,7 @@ import timm
 
 import timm_smpconv  # noqa: F401  (registers the models)
 from timm_smpconv.cards import evaluation_table, file_table, model_card, model_table, replace_section
-from timm_smpconv.convert import write_config
+from timm_smpconv.convert import config_text
 from timm_smpconv.weights import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,11 +37,8 @@ def documents() -> Dict[Path, str]:
         if weights.bundled is None and weights.authors_file is None:
             continue  # nothing to publish
         model = timm.create_model(name)
-        with tempfile.TemporaryDirectory() as folder:
-            write_config(model, Path(folder) / 'config.json', {})
-            config = (Path(folder) / 'config.json').read_text()
         files[ROOT / 'hub' / name / 'README.md'] = model_card(name, model)
-        files[ROOT / 'hub' / name / 'config.json'] = config
+        files[ROOT / 'hub' / name / 'config.json'] = config_text(model, {})
     return files
 
 

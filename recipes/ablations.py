@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
-from train_cifar import Phase, Recipe, Trainer, load_images
+from train_cifar import Phase, Recipe, Trainer, add_options, load_images, prepare_torch
 
 from timm_smpconv._files import write_rows
 
@@ -118,20 +118,16 @@ def tabulate(settings: Sequence[Setting], accuracies: Dict[str, List[float]]) ->
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data', type=Path, required=True, help='folder with train/CLASS/*')
     parser.add_argument('--output', type=Path, required=True, help='a folder for each run, and ablations.csv')
     parser.add_argument('--tables', type=int, nargs='+', choices=TABLES, default=TABLES)
     parser.add_argument('--seeds', type=int, nargs='+', default=[0])
     parser.add_argument('--epochs', type=int, default=10, help='of each run')
     parser.add_argument('--config', type=Path, help='a recipe for train_cifar.py, in place of --epochs of Adam')
-    parser.add_argument('--hold-out', type=int, default=200, help='images of each class that are not trained on')
-    parser.add_argument('--device', default='cuda')
-    parser.add_argument('--no-graph', action='store_true', help='launch the operations of each step one by one')
+    add_options(parser)
     args = parser.parse_args(argv)
     if args.hold_out < 1:
         parser.error(f'--hold-out must be at least 1, got {args.hold_out}: settings are compared by these images.')
-    torch.set_float32_matmul_precision('high')  # as in train.py
-    torch.backends.cudnn.benchmark = True
+    prepare_torch()
     base, device = args.config and Recipe.read(args.config), torch.device(args.device)
     train, held = load_images(args.data / 'train', args.hold_out)
     settings = [setting for setting in SETTINGS if setting.table in args.tables]

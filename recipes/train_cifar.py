@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import hashlib
 import math
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -40,6 +42,8 @@ from timm_smpconv.recipe import read_fields
 
 EMA_STEPS = 4  # between updates of the average
 SAVE_SECONDS = 60  # after which an epoch is saved that is not looked at
+PADDING = 4  # pixels by which images are shifted at most
+BAR: Dict[str, Any] = dict(unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 30.0)
 
 
 @dataclasses.dataclass
@@ -170,13 +174,13 @@ def load_images(folder: Path, hold_out: int) -> Tuple[Arrays, Arrays]:
     return (images[~held], labels[~held]), (images[held], labels[held])
 
 
-def crop_and_flip(images: torch.Tensor, padding: int = 4) -> torch.Tensor:
-    """Shifts each image by up to `padding` pixels, with its mirror image beyond the border, and flips half of them."""
+def crop_and_flip(images: torch.Tensor) -> torch.Tensor:
+    """Shifts each image by up to four pixels, with its mirror image beyond the border, and flips half of them."""
     count, _, height, width = images.shape
     batch = torch.arange(count, device=images.device)
 
     def places(size: int) -> torch.Tensor:
-        shift = torch.randint(-padding, padding + 1, (count, 1), device=images.device)
+        shift = torch.randint(-PADDING, PADDING + 1, (count, 1), device=images.device)
         place = torch.arange(size, device=images.device) + shift
         return (size - 1) - (size - 1 - place.abs()).abs()  # reflected at both ends
 
@@ -296,19 +300,21 @@ class Trainer:
     ):
         self.recipe, self.output, self.device = recipe, output, device
         self.graph = graph and device.type == 'cuda'
-        self.data = _digest(train, held)
+        self.data = _digest([*train, *held])
         self.images, self.labels = (part.to(device) for part in train)
         self.held_images, self.held_labels = (part.to(device) for part in held)
         # that of ImageNet, as all of the networks have it, for numbers up to 255
-        self.mean = torch.tensor([0.485, 0.456, 0.406], device=device).mul(255).reshape(3, 1, 1)
-        self.std = torch.tensor([0.229, 0.224, 0.225], device=device).mul(255).reshape(3, 1, 1)
+        self.mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device).mul(255).reshape(3, 1, 1)
+        self.std = torch.tensor(IMAGENET_DEFAULT_STD, device=device).mul(255).reshape(3, 1, 1)
         self.rows: List[Dict[str, str]] = []
         self.teacher: Optional[nn.Module] = None
         if recipe.teacher:
-            self.teacher = create_teacher(recipe.teacher).to(device, memory_format=torch.channels_last)
+            teacher = create_teacher(recipe.teacher)
+            self.data += _digest(list(teacher.state_dict().values()))
+            self.teacher = teacher.to(device, memory_format=torch.channels_last)
         self.answers: Optional[torch.Tensor] = None
         if recipe.ask_once:
-            parts = tqdm(self.images.split(100), unit='batch', desc='teacher', mininterval=5)
+            parts = tqdm(self.images.split(100), unit='batch', desc='teacher', **BAR)
             self.answers = torch.cat([self.ask(self.normalize(part)) for part in parts])
 
     @torch.no_grad()
@@ -347,6 +353,18 @@ class Trainer:
             for group in optimizer.param_groups:
                 group['lr'] = torch.tensor(phase.lr, device=self.device)
         return optimizer
+
+    def adapt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Brings a state that may be of another device, or of steps launched one by one, into the form for these."""
+        captured = _is_capturable(optimizer)
+        for group in optimizer.param_groups:
+            if 'capturable' in group:
+                group['capturable'] = captured
+            lr = float(group['lr'])
+            group['lr'] = torch.tensor(lr, device=self.device) if captured else lr
+        for state in optimizer.state.values():
+            if torch.is_tensor(state.get('step')):
+                state['step'] = state['step'].to(self.device if captured else 'cpu')
 
     def make_step(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, phase: Phase
@@ -400,6 +418,7 @@ class Trainer:
         ema = ModelEmaV3(model, decay=phase.model_ema_decay**EMA_STEPS)
         if saved:
             optimizer.load_state_dict(saved['optimizer'])
+            self.adapt(optimizer)
             ema.module.load_state_dict(saved['state_dict_ema'])
             self.rows = saved['rows']
             torch.set_rng_state(saved['rng'].cpu())
@@ -413,7 +432,7 @@ class Trainer:
             )
         total, first = steps * phase.epochs, saved['epoch'] if saved else 0
         done = first * steps
-        bar = tqdm(total=total * phase.batch_size, initial=done * phase.batch_size, unit='image', unit_scale=True)
+        bar = tqdm(total=total * phase.batch_size, initial=done * phase.batch_size, unit='image', **BAR)
         saved_at = time.monotonic()
         for epoch in range(first, phase.epochs):
             model.train()
@@ -469,10 +488,11 @@ class Trainer:
             rng=torch.get_rng_state(),
             rng_cuda=torch.cuda.get_rng_state(self.device) if self.device.type == 'cuda' else None,
         )
-        with atomic_path(self.output / 'checkpoint.pt') as part:
-            torch.save(checkpoint, part)
+        # the checkpoint last: a run that is stopped before it does this epoch once more, and writes the others again
         save_tensors(self.output / 'model.safetensors', average.state_dict())
         write_rows(self.output / 'log.csv', self.rows)
+        with atomic_path(self.output / 'checkpoint.pt') as part:
+            torch.save(checkpoint, part)
 
     def read_checkpoint(self) -> Optional[Dict[str, Any]]:
         """What a run in this folder has saved."""
@@ -484,17 +504,18 @@ class Trainer:
             raise ValueError(f'{self.output} holds a run of another recipe: choose another output folder.')
         if saved.get('data') != self.data:
             raise ValueError(
-                f'{self.output} holds a run on other data, or with other images held out: choose another output folder.'
+                f'{self.output} holds a run on other data, with other images held out, or with another teacher: choose '
+                f'another output folder.'
             )
         return saved
 
 
-def _digest(*parts: Arrays) -> str:
-    """What tells one set of images and labels from another."""
+def _digest(tensors: Sequence[torch.Tensor]) -> str:
+    """What tells some tensors from others: the sums of their rows, which take no time."""
     digest = hashlib.sha256()
-    for images, labels in parts:
-        for numbers in (images.flatten(1).sum(1), labels):  # the sums of images, which take no time
-            digest.update(repr(numbers.tolist()).encode())
+    for tensor in tensors:
+        rows = tensor.flatten(1).sum(1) if tensor.ndim > 1 else tensor
+        digest.update(repr(rows.tolist()).encode())
     return digest.hexdigest()
 
 
@@ -510,17 +531,27 @@ def _rate(phase: Phase, step: int, total: int) -> float:
     return phase.min_lr + (phase.lr - phase.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What any script that trains in this way asks for."""
+    parser.add_argument('--data', type=Path, required=True, help='folder with train/CLASS/*')
+    parser.add_argument('--hold-out', type=int, default=200, help='images of each class that are not trained on')
+    parser.add_argument('--device', default='cuda')
+    parser.add_argument('--no-graph', action='store_true', help='launch the operations of each step one by one')
+
+
+def prepare_torch() -> None:
+    """Settings of the process, as in train.py."""
+    torch.set_float32_matmul_precision('high')
+    torch.backends.cudnn.benchmark = True
+
+
 def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', type=Path, required=True, help='the recipe')
-    parser.add_argument('--data', type=Path, required=True, help='folder with train/CLASS/*')
-    parser.add_argument('--hold-out', type=int, default=200, help='images of each class that are not trained on')
     parser.add_argument('--output', type=Path, required=True)
-    parser.add_argument('--device', default='cuda')
-    parser.add_argument('--no-graph', action='store_true', help='launch the operations of each step one by one')
+    add_options(parser)
     args = parser.parse_args(argv)
-    torch.set_float32_matmul_precision('high')  # as in train.py
-    torch.backends.cudnn.benchmark = True
+    prepare_torch()
     recipe, device = Recipe.read(args.config), torch.device(args.device)
     recipe.check_files()
     train, held = load_images(args.data / 'train', args.hold_out)

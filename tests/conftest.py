@@ -5,8 +5,9 @@ import shutil
 import tempfile
 
 # before huggingface_hub is imported: no test asks the real Hub, or meets the settings, cache and login of the user
-for variable in ('TIMM_SMPCONV_HUB_ORG', 'TIMM_SMPCONV_DRIVE_URL', 'HF_HUB_CACHE', 'HUGGINGFACE_HUB_CACHE'):
-    os.environ.pop(variable, None)
+for variable in os.environ.copy():
+    if variable.startswith(('TIMM_SMPCONV_', 'HF_', 'HUGGING')):
+        del os.environ[variable]
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['HF_HOME'] = HUB_HOME = tempfile.mkdtemp(prefix='timm_smpconv_hub')
 

@@ -22,13 +22,16 @@ from safetensors.torch import load_file, save_file
 import timm_smpconv
 from timm_smpconv._files import save_tensors
 from timm_smpconv.catalog import model_names
+from timm_smpconv.checkpoint import ancestors
 from timm_smpconv.classes import CIFAR10
 from timm_smpconv.cli import main
 from timm_smpconv.confusion import draw_confusion
+from timm_smpconv.convert import convert
 from timm_smpconv.data import speaker_number
 from timm_smpconv.predict import check_inputs, class_names, load_image, load_model, predict_files
 from timm_smpconv.recipe import Recipe, read_recipe
 from timm_smpconv.tasks import TASKS, network_input, stepwise
+from timm_smpconv.train import train
 from timm_smpconv.validate import validate
 from timm_smpconv.weights import WEIGHTS, bundled_path, design_effect, training_speakers, wilson
 
@@ -579,6 +582,29 @@ def test_the_same_recordings_are_left_out_of_any_copy(tmp_path, data):
         assert torch.equal(given.predictions, own.predictions)
     other = validate(name, tmp_path, _save(name, tmp_path / 'other.safetensors'), progress=False)
     assert (other.left_out, other.total) == (0, 20)
+    # what is made of them
+    folder = convert(bundled, name, tmp_path / 'folder', deployed=True, install=True).folder
+    for file in (folder / 'model.safetensors', folder / 'deployed.safetensors', None):
+        assert validate(name, tmp_path, file, progress=False).left_out == 5
+    # what has learned from them, directly or by way of others
+    shutil.copy(data / 'speech_commands' / 'train.safetensors', tmp_path / 'speech_commands')
+    recipe = Recipe(name, epochs=1, batch_size=8, model_kwargs=dict(dim=4, depth=1), val_percent=0)
+    taught = train(
+        dataclasses.replace(recipe, kd_model_name=f'local-dir:{folder}'), tmp_path, tmp_path / 'taught', progress=False
+    )
+    for start in (bundled, taught, tmp_path / 'taught' / 'checkpoint.pt'):
+        kwargs = {} if start == bundled else recipe.model_kwargs
+        run_ = dataclasses.replace(recipe, initial_checkpoint=str(start), model_kwargs=kwargs)
+        output = tmp_path / f'from_{Path(start).parent.name}_{Path(start).name}'
+        for _ in range(2):  # the second time from its own checkpoint
+            path = train(run_, tmp_path, output, progress=False)
+        assert ancestors(path) == ancestors(output / 'checkpoint.pt') == ['smpconv_seq_speech.sc']
+        if start == bundled:
+            assert validate(name, tmp_path, path, progress=False).left_out == 5
+        again = convert(path, name, output / 'converted', deployed=True, model_kwargs=kwargs).folder
+        assert ancestors(again / 'model.safetensors') == ancestors(again / 'deployed.safetensors') == ancestors(path)
+    fresh = train(recipe, tmp_path, tmp_path / 'fresh', progress=False)
+    assert ancestors(fresh) == []
 
 
 def test_validate_counts(tmp_path, data):
@@ -723,7 +749,6 @@ def test_design_effect():
 # the bundled weights
 
 
-@pytest.mark.skipif(not bundled_path('smpconv_seq_mnist.smnist'), reason='no bundled weights')
 def test_sample_digits(capsys):
     files = sorted(DIGITS.iterdir())
     status, out, err = run(capsys, 'predict', *files, '--json')

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from synth import FIXTURE_NAMES, expected, reference_state, relative_error, synth_input
 
 from timm_smpconv import WeightsError, store
-from timm_smpconv._files import save_tensors
+from timm_smpconv._files import save_tensors, write_text
 from timm_smpconv.checkpoint import CheckpointError, read_checkpoint
 from timm_smpconv.cli import main
 from timm_smpconv.convert import convert
-from timm_smpconv.predict import load_model
+from timm_smpconv.predict import check_inputs, load_model
 from timm_smpconv.publish import check_folder
 from timm_smpconv.weights import WEIGHTS, bundled_path
 
@@ -339,6 +339,21 @@ def test_installed_weights_keep_their_statistics(tmp_path):
     assert result.sha256 == store.file_sha256(result.folder / 'model.safetensors')
 
 
+def test_folders_of_unknown_normalisation(tmp_path, caplog):
+    """The mean and std in their config.json are placeholders, and are not taken for what the weights say."""
+    save_file(timm.create_model(SEQ).state_dict(), tmp_path / 'a.safetensors')
+    folder = convert(tmp_path / 'a.safetensors', SEQ, tmp_path / 'out').folder
+    for use in (check_inputs, lambda name, file: convert(file, name, tmp_path / 'again', install=True)):
+        caplog.clear()
+        use(SEQ, folder / 'model.safetensors')
+        assert 'does not say how its inputs were normalised' in caplog.text
+    assert check_folder(folder)[1].ok and timm.create_model(f'local-dir:{folder}', pretrained=True)
+    caplog.clear()
+    known = convert(bundled_path(f'{SEQ}.sc'), SEQ, tmp_path / 'known').folder
+    check_inputs(SEQ, known / 'model.safetensors')
+    assert not caplog.text
+
+
 @pytest.mark.parametrize(
     'statistics', [dict(mean=[float('nan')] * 20), dict(std=[0.0] * 20), dict(mean=[1.0] * 3), dict(std=[])]
 )
@@ -390,6 +405,8 @@ def test_card_of_a_customised_network(tmp_path):
     )
     card = (result.folder / 'README.md').read_text()
     assert 'license: cc-by-4.0' in card and 'CC-BY-4.0.' in card
+    cfg = json.loads((result.folder / 'config.json').read_text())['pretrained_cfg']
+    assert cfg['license'] == 'cc-by-4.0' and 'description' not in cfg  # what they were trained on is not known
     (snippet,) = re.findall(r"`timm.create_model\('smpconv_seq_mnist', (.*checkpoint_path=FILE.*)\)`", card)
     file = str(result.folder / 'deployed.safetensors')
     timm.create_model('smpconv_seq_mnist', **eval(f'dict({snippet})', dict(FILE=file)))
@@ -404,6 +421,30 @@ def test_a_store_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv('TIMM_SMPCONV_CACHE', str(path))  # no folder
     with pytest.raises(WeightsError, match='Cannot store the weights smpconv_seq_mnist.* set TIMM_SMPCONV_CACHE'):
         convert(path, 'smpconv_seq_mnist', install=True)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='no umask')
+def test_folders_have_the_rights_of_others(tmp_path):
+    save_file(small().state_dict(), tmp_path / 'a.safetensors')
+    for mask in (0o077, 0o022):
+        before = os.umask(mask)
+        try:
+            folder = convert(tmp_path / 'a.safetensors', 'smpconv_seq_mnist', tmp_path / str(mask), model_kwargs=SMALL)
+        finally:
+            os.umask(before)
+        assert {path.stat().st_mode & 0o077 & mask for path in (folder.folder, *folder.folder.iterdir())} == {0}
+        assert folder.folder.stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='no devices')
+def test_devices_are_not_replaced(tmp_path):
+    """A rename would put a file in their place; a link is written through."""
+    for path in (Path('/dev/null'), tmp_path):
+        with pytest.raises(OSError, match='a folder or a device, expected a file'):
+            write_text(path, 'a')
+    (tmp_path / 'link').symlink_to(tmp_path / 'target')
+    write_text(tmp_path / 'link', 'a')
+    assert (tmp_path / 'link').is_symlink() and (tmp_path / 'target').read_text() == 'a'
 
 
 def test_a_full_disk(tmp_path):
@@ -437,7 +478,7 @@ def test_other_input_channels(channels, tmp_path):
     assert f'torch.randn(1, {channels}, 32, 32)' in (folder / 'README.md').read_text()
     cfg = json.loads((folder / 'config.json').read_text())['pretrained_cfg']
     assert cfg['input_size'] == [channels, 32, 32]
-    assert cfg['mean'] == pytest.approx([0.449] * channels, abs=1e-3) if channels != 3 else True
+    assert cfg['mean'] == pytest.approx([0.449] * channels, abs=1e-3)
     assert all(check.ok for check in check_folder(folder))
 
 

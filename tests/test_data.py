@@ -341,6 +341,8 @@ def test_two_archives_in_a_folder(tmp_path):
         folder = tmp_path / f'data{i}'
         assert make('speech_commands', folder, *archives).counts == dict(train=20, test=10)
         assert load_speech(folder, False).speakers.unique().tolist() == [speaker_number('0c')]
+    with pytest.raises(ValueError, match=r'training data first, got test\.tar and then train\.tar'):
+        make('speech_commands', tmp_path / 'globbed', test, train)  # as a shell sorts them
     for archive, name in ((train, 'part1.tar'), (test, 'part2.tar')):
         archive.rename(given / name)
     assert make('speech_commands', tmp_path / 'numbered', given).counts == dict(train=20, test=10)

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -199,6 +200,7 @@ def _create_in_process(queue):
         queue.put(repr(e))
 
 
+@pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='this system has no fork')
 def test_two_processes(drive):
     """Two processes that ask at once get the same weights, by one download."""
     context = multiprocessing.get_context('fork')
@@ -368,6 +370,10 @@ def test_no_home(monkeypatch):
         timm.create_model('smpconv_tiny', pretrained=True)
     with pytest.raises(WeightsError, match='TIMM_SMPCONV_CACHE'):
         store.store_dir()
+    monkeypatch.setenv('TIMM_SMPCONV_CACHE', '~nobody-of-this-name/weights')
+    timm.create_model('smpconv_cifar', pretrained=True)
+    with pytest.raises(WeightsError, match='TIMM_SMPCONV_CACHE'):
+        store.store_dir()
 
 
 def test_a_store_that_cannot_be_read_is_left(drive, own, monkeypatch, caplog):
@@ -430,8 +436,24 @@ def test_folder_with_pickled_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'text', ['http://me:secret@host:9/x', 'cannot reach https://hf_token@host', 'http://host/a@b and //u:p@h/']
+    'text',
+    [
+        'http://me:secret@host:9/x',
+        'cannot reach https://hf_token@host',
+        'http://host/a@b and //u:p@h/',
+        'https://me:p@secret@host/x',
+    ],
 )
 def test_passwords_are_not_shown(text):
     shown = without_password(text)
     assert 'secret' not in shown and 'hf_token' not in shown and 'u:p' not in shown and 'host' in shown
+
+
+@pytest.mark.parametrize('address', ['http://me:secret@localhost:{}/x', 'http://me:secret@localhost/x'])
+def test_passwords_of_addresses_are_not_shown(address, own, monkeypatch):
+    with socket.create_server(('localhost', 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv('TIMM_SMPCONV_DRIVE_URL', address.format(port))  # where nobody listens
+    with pytest.raises(WeightsError) as e:
+        timm.create_model('smpconv_tiny', pretrained=True)
+    assert 'secret' not in str(e.value) and 'localhost' in str(e.value)

@@ -21,11 +21,12 @@ import yaml
 from datasets import write_mnist, write_speech, write_trajectories
 from hypothesis import given, strategies as st
 from safetensors.torch import load_file, save_file
+from synth import reference_state
 
 from timm_smpconv import train as module
 from timm_smpconv._files import read_metadata, save_tensors
 from timm_smpconv.catalog import model_names
-from timm_smpconv.checkpoint import CheckpointError, carried_settings
+from timm_smpconv.checkpoint import CheckpointError, ancestors, carried_settings
 from timm_smpconv.convert import convert
 from timm_smpconv.data import Samples, load_mnist, load_speech, speaker_number
 from timm_smpconv.features import MFCC
@@ -43,7 +44,8 @@ from timm_smpconv.tasks import (
     normalize,
     split,
 )
-from timm_smpconv.train import _mix, _seed, evaluate, train
+from timm_smpconv.train import _mix, _seed, train
+from timm_smpconv.validate import evaluate
 from timm_smpconv.weights import WEIGHTS, bundled_path, training_speakers
 
 RECIPE = Recipe(epochs=2, batch_size=4, val_images=5, lr=1e-3, model_kwargs=dict(dim=6, depth=2))
@@ -328,7 +330,29 @@ def test_start_of_another_sample_rate(data_dir, tmp_path, fields):
     message = f'weights.safetensors is of 4000 samples a second, .* of {assumed}: set initial_sample_rate=4000'
     with pytest.raises(ValueError, match=message):
         train(recipe, data_dir, tmp_path / 'run', progress=False)
+    # of another network whose weights have the same shapes
+    metadata = dict(architecture='smpconv_seq_mnist', mean=[0.0], std=[1.0], input_size=[1, 28, 28])
+    _save(file, 'smpconv_seq_mnist', metadata, **RAW)
+    with pytest.raises(CheckpointError, match='says that it is of smpconv_seq_mnist'):
+        train(dataclasses.replace(recipe, initial_sample_rate=28), data_dir, tmp_path / 'run', progress=False)
     assert not (tmp_path / 'run').exists()
+
+
+def test_the_authors_weights_at_another_rate(data_dir, tmp_path):
+    """Their small kernels have other names, and are resampled all the same."""
+    name = 'smpconv_seq_speech_raw'
+    torch.save(reference_state(name), tmp_path / 'authors.pth')
+    own = convert(tmp_path / 'authors.pth', name, tmp_path / 'own').folder / 'model.safetensors'
+    results = []
+    for file in (tmp_path / 'authors.pth', own):
+        recipe = Recipe(
+            name, epochs=1, batch_size=8, lr=0.0, min_lr=0.0, model_ema_decay=0.0, initial_checkpoint=str(file),
+            sample_rate=1000, initial_sample_rate=16000, model_kwargs=dict(kernel_size=1000),
+        )  # fmt: skip
+        results.append(load_file(train(recipe, data_dir, tmp_path / file.stem, progress=False)))
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0] if 'norm' not in key)
+    before = load_file(own)
+    assert not any(torch.equal(before[key], results[0][key]) for key in before if key.endswith('.small.weight'))
 
 
 def test_pretrained_weights_have_one_sample_rate():
@@ -362,10 +386,10 @@ def test_recordings_that_weights_have_heard(tmp_path):
     data = bundled.read_bytes()
     other.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # of the same size
     for path in (bundled, copy):
-        assert heard(samples, path).tolist() == [True, False, True, True]
+        assert heard(samples, ancestors(path)).tolist() == [True, False, True, True]
     for path in (other, tmp_path / 'absent', bundled_path('smpconv_seq_mnist.smnist')):
-        assert heard(samples, path).tolist() == [False] * 4
-    assert heard(Samples(samples.inputs, samples.labels), bundled).tolist() == [False] * 4
+        assert heard(samples, ancestors(path)).tolist() == [False] * 4
+    assert heard(Samples(samples.inputs, samples.labels), ancestors(bundled)).tolist() == [False] * 4
 
 
 @pytest.mark.parametrize('how', ['pretrained', 'initial_checkpoint', 'kd_model_name', 'fresh'])
@@ -591,6 +615,8 @@ def test_other_recipe_in_the_same_folder(data_dir, tmp_path):
         (dict(noise=0.1), 'noise=0.1 has no effect on smpconv_seq_mnist, which knows augment, erase_size, val_images'),
         (dict(model='smpconv_seq_speech_raw', freq_mask=3), 'freq_mask=3 has no effect'),
         (dict(sample_rate=4000), 'sample_rate=4000 has no effect'),
+        (dict(val_percent=0), 'val_percent=0 has no effect'),
+        (dict(model='smpconv_seq_speech', augment=False), 'augment=False has no effect'),
         (dict(val_images=22), 'Of 25 training samples 22 are held out'),
         (dict(model_kwargs=dict(colour=1)), r"model_kwargs=\{'colour': 1\} cannot work: .*colour"),
         (dict(model_kwargs=dict(drop_rate=0.1)), 'cannot work: .*drop_rate'),
@@ -892,6 +918,18 @@ def test_every_field_is_described():
     assert set(field_texts()) == {field.name for field in dataclasses.fields(Recipe)}
     assert field_texts()['clip_grad'] == 'Largest norm of the gradient, 0 for no limit.'
     assert field_texts()['sample_rate'].endswith('of `model_kwargs` have to fit.')
+
+
+def test_another_teacher_in_the_same_run(data_dir, tmp_path):
+    recipe = dataclasses.replace(RECIPE, epochs=1, kd_model_name=f'local-dir:{tmp_path / "teacher"}')
+    train(dataclasses.replace(RECIPE, epochs=1), data_dir, tmp_path / 'teacher', progress=False)
+    train(recipe, data_dir, tmp_path / 'run', progress=False)
+    train(recipe, data_dir, tmp_path / 'run', progress=False)
+    file = tmp_path / 'teacher' / 'model.safetensors'
+    tensors = load_file(file)
+    save_file({**tensors, 'head.fc.bias': tensors['head.fc.bias'] + 1}, file)
+    with pytest.raises(ValueError, match='teacher has other weights; delete it to start over'):
+        train(recipe, data_dir, tmp_path / 'run', progress=False)
 
 
 def test_other_data_in_the_same_run(data_dir, tmp_path):

@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from synth import write_images
 
 SCRIPT = Path(__file__).resolve().parents[1] / 'recipes' / 'train_cifar.py'
@@ -109,6 +109,52 @@ def test_teacher_phases_and_resume(script, data, tmp_path, monkeypatch):
         run('student', dict(student, seed=1), 'broken')
     with pytest.raises(ValueError, match='other images held out'):
         run('student', student, 'broken', hold_out=2)
+    (tmp_path / 'broken' / 'model.safetensors').write_bytes(b'')  # not yet written when the process was killed
+    file = tmp_path / 'teacher' / 'model.safetensors'
+    tensors = load_file(file)
+    save_file({**tensors, 'fc.bias': tensors['fc.bias'] + 1}, file)
+    with pytest.raises(ValueError, match='another teacher'):
+        run('student', student, 'broken')
+
+
+def test_checkpoint_is_written_last(script, data, tmp_path, monkeypatch):
+    """A run that is killed while it saves has weights and a log that belong together once it is run again."""
+    recipe = script['Recipe'](
+        'smpconv_seq_cifar', [script['Phase'](1, 1e-3, batch_size=25, model_kwargs=dict(depth=1, dim=4))]
+    )
+    parts = script['load_images'](data / 'train', 1)
+    script['Trainer'](recipe, tmp_path / 'whole', *parts, torch.device('cpu')).run()
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(script['Trainer'].save.__globals__, 'write_rows', die)
+    with pytest.raises(KeyboardInterrupt):
+        script['Trainer'](recipe, tmp_path / 'broken', *parts, torch.device('cpu')).run()
+    monkeypatch.undo()
+    script['Trainer'](recipe, tmp_path / 'broken', *parts, torch.device('cpu')).run()
+    whole, broken = (load_file(tmp_path / name / 'model.safetensors') for name in ('whole', 'broken'))
+    assert all(torch.equal(value, broken[key]) for key, value in whole.items())
+    assert len((tmp_path / 'broken' / 'log.csv').read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize('graph', [False, True])
+def test_optimizer_of_another_device(graph, script, data, tmp_path):
+    """A step that is recorded reads its rate from a tensor, one that is launched from a number, whatever was saved."""
+    phase = script['Phase'](1, 1e-3)
+    recipe = script['Recipe']('smpconv_seq_cifar', [phase], opt='adamw', opt_kwargs=dict(capturable=True))
+    trainer = script['Trainer'](recipe, tmp_path, *script['load_images'](data / 'train', 1), torch.device('cpu'))
+    states = {}
+    for trainer.graph in (not graph, graph):
+        optimizer = trainer.make_optimizer(torch.nn.Linear(2, 2), phase)
+        for parameter in optimizer.param_groups[0]['params']:
+            optimizer.state[parameter]['step'] = torch.tensor(3.0)
+        states[trainer.graph] = optimizer.state_dict()
+    optimizer.load_state_dict(states[not graph])
+    trainer.adapt(optimizer)
+    for group in optimizer.param_groups:
+        assert group['capturable'] == graph and torch.is_tensor(group['lr']) == graph
+        assert float(group['lr']) == pytest.approx(1e-3)
 
 
 def test_asked_once(script, data, tmp_path):

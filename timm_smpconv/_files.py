@@ -25,11 +25,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Gives the path of a temporary file that takes the place of `path` when the block ends without an exception.
 
     Args:
-        path: File to write; its folder is made.
+        path: File to write, or a link to it; its folder is made.
 
     Yields:
         Empty temporary file beside it, of this call alone.
+
+    Raises:
+        OSError: It cannot be written, or is a device or a folder.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():  # the rename would replace /dev/null
+        raise OSError(f'Cannot write {path}: it is a folder or a device, expected a file.')
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f'.{glob.escape(path.name)}.*.part'):  # by processes that were killed
         with contextlib.suppress(OSError):
@@ -54,7 +60,7 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding='utf-8')
 
 
-def write_rows(path: Path, rows: Sequence[Dict[str, str]]) -> None:
+def write_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
     """Writes a CSV file atomically.
 
     Args:

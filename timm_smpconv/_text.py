@@ -14,4 +14,4 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 
 def without_password(text: str) -> str:
     """A text without the user and password of the addresses in it."""
-    return re.sub(r'(?<=//)[^/@\s]+@', '', text)
+    return re.sub(r'(?<=//)[^/\s]+@', '', text)

@@ -4,9 +4,10 @@ import argparse
 import json
 import math
 import pickle
+import threading
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 import timm
@@ -26,18 +27,21 @@ from .weights import WEIGHTS, WeightsError
 __all__ = [
     'DEPLOYED_FILE',
     'FLOATS',
+    'NOT_NORMALISED_BY_US',
     'WEIGHTS_FILE',
     'CheckpointError',
+    'ancestors',
     'carried_settings',
     'check_architecture',
     'differences',
     'fit_checkpoint',
     'read_checkpoint',
     'records_settings',
-    'table_name',
 ]
 
 WEIGHTS_FILE, DEPLOYED_FILE = 'model.safetensors', 'deployed.safetensors'  # of a folder for the Hub
+# in a config.json: mean and std are placeholders, as nobody knows how the inputs of the weights were normalised
+NOT_NORMALISED_BY_US = 'unknown_normalisation'
 # numpy 2 has renamed a module, whose old name is in older files
 _number = np.float64(0).__reduce__()[0]
 _SAFE_GLOBALS: List[Any] = [
@@ -46,6 +50,8 @@ _SAFE_GLOBALS: List[Any] = [
     *(type(np.dtype(kind)) for kind in ('bool', 'int32', 'int64', 'float16', 'float32', 'float64')),
     *((_number, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')),
 ]
+_LOADING = threading.Lock()
+_SETTINGS = ('mean', 'std', 'input_size')
 _MAX_LISTED = 12  # differences that a message names
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others need scales that weights lack
 
@@ -87,11 +93,13 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
         return dict(state_dict=tensors, arch=architecture) if isinstance(architecture, str) else tensors
     _check_archive(path)
     try:
-        known = torch.serialization.get_safe_globals()  # the context would remove those of the user at its end
-        with torch.serialization.safe_globals([item for item in _SAFE_GLOBALS if item not in known]):
-            # a file object: given a name, torch goes by its suffix
-            with path.open('rb') as f:
-                checkpoint = torch.load(f, map_location='cpu', weights_only=True)
+        # a list of the whole process: another thread would lose what this one removes
+        with _LOADING:
+            known = torch.serialization.get_safe_globals()  # the context would remove those of the user at its end
+            with torch.serialization.safe_globals([item for item in _SAFE_GLOBALS if item not in known]):
+                # a file object: given a name, torch goes by its suffix
+                with path.open('rb') as f:
+                    checkpoint = torch.load(f, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         raise CheckpointError(
             f'{path} holds more than tensors and plain values, or is damaged or no checkpoint: it is not unpickled, '
@@ -111,7 +119,12 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
     return checkpoint
 
 
-def fit_checkpoint(checkpoint: Dict[str, Any], model: LargeKernelNet, what: str) -> Dict[str, torch.Tensor]:
+def fit_checkpoint(
+    checkpoint: Dict[str, Any],
+    model: LargeKernelNet,
+    what: str,
+    adapt: Optional[Callable[[Dict[str, torch.Tensor]], Dict[str, torch.Tensor]]] = None,
+) -> Dict[str, torch.Tensor]:
     """Brings a checkpoint into the layout of a network, all of it and exactly.
 
     Args:
@@ -119,6 +132,7 @@ def fit_checkpoint(checkpoint: Dict[str, Any], model: LargeKernelNet, what: str)
             which the average of the weights (EMA) is taken.
         model: Network of this package, in the form (training or deployed) of the checkpoint.
         what: Name of the checkpoint for messages.
+        adapt: What to do to weights in this package's layout before they are compared.
 
     Returns:
         State dict with the keys, shapes and dtypes of the model's own.
@@ -130,6 +144,7 @@ def fit_checkpoint(checkpoint: Dict[str, Any], model: LargeKernelNet, what: str)
     state_dict = _state_dict(checkpoint, what)
     try:
         state_dict = model.convert_checkpoint(state_dict)
+        state_dict = adapt(state_dict) if adapt else state_dict
     except (RuntimeError, ValueError, IndexError, KeyError) as e:
         raise CheckpointError(f'{what} does not fit {_name(model)}: {one_line(e)}') from e
     own = model.state_dict()
@@ -210,8 +225,10 @@ def carried_settings(
         CheckpointError: The file cannot be read, or says what cannot be.
     """
     try:
-        carried = _recorded(path, checkpoint) or _beside(path) or _of_the_table(path)
-        found = {key: tuple(carried[key]) for key in ('mean', 'std', 'input_size') if key in carried}
+        carried = _recorded(path, checkpoint)
+        if not carried.keys() & set(_SETTINGS):
+            carried = _beside(path) or _of_the_table(path)
+        found = {key: tuple(carried[key]) for key in _SETTINGS if key in carried}
         numbers = {key: tuple(float(v) for v in values) for key, values in found.items() if key != 'input_size'}
     except (TypeError, ValueError, RecursionError, SafetensorError, OSError):  # written by somebody else
         return {}
@@ -233,7 +250,7 @@ def records_settings(path: Path) -> bool:
         CheckpointError: The file cannot be read.
     """
     try:
-        return bool(_recorded(path, None) or _of_the_table(path))
+        return 'mean' in _recorded(path, None) or bool(_of_the_table(path))
     except (TypeError, ValueError, RecursionError, SafetensorError, OSError):  # written by somebody else
         return False
 
@@ -242,16 +259,29 @@ def _beside(path: Path) -> Dict[str, Any]:
     """What the configuration of a folder for the Hub says of the weights in it."""
     config = path.with_name('config.json')
     if path.name in (WEIGHTS_FILE, DEPLOYED_FILE) and config.is_file() and _is_safetensors(path):
-        return json.loads(config.read_text(encoding='utf-8')).get('pretrained_cfg', {})
+        settings = json.loads(config.read_text(encoding='utf-8'))
+        return {} if settings.get(NOT_NORMALISED_BY_US) else settings.get('pretrained_cfg', {})
     return {}
 
 
-def table_name(path: Path) -> Optional[str]:
-    """`model.tag` of a file that is one of the table of weights, wherever it lies; None if it is none of them.
+def ancestors(path: Path, checkpoint: Optional[Dict[str, Any]] = None) -> List[str]:
+    """Which bundled weights a file holds or goes back to, as `model.tag`: by its hash, and by what was written into it.
 
-    Raises:
-        OSError: The file cannot be read.
+    `timm-smpconv train` writes what a run began with and who taught it, `timm-smpconv convert` passes it on.
+
+    Args:
+        path: File of weights, of any format.
+        checkpoint: What `read_checkpoint` has read of it already.
     """
+    try:
+        name, said = _table_name(path), _recorded(path, checkpoint).get('ancestors', [])
+        return sorted({*([name] if name else []), *(str(other) for other in said if other in WEIGHTS)})
+    except (TypeError, ValueError, RecursionError, SafetensorError, OSError, CheckpointError):  # of somebody else
+        return []
+
+
+def _table_name(path: Path) -> Optional[str]:
+    """`model.tag` of a file that is one of the table of weights, wherever it lies; None if it is none of them."""
     size = path.stat().st_size
     alike = [name for name, weights in WEIGHTS.items() if weights.size == size]
     sha256 = file_sha256(path) if alike else None
@@ -259,7 +289,7 @@ def table_name(path: Path) -> Optional[str]:
 
 
 def _of_the_table(path: Path) -> Dict[str, Any]:
-    name = table_name(path)
+    name = _table_name(path)
     cfg = timm.get_pretrained_cfg(name) if name else None
     return dict(mean=cfg.mean, std=cfg.std, input_size=cfg.input_size) if cfg else {}
 
@@ -267,7 +297,8 @@ def _of_the_table(path: Path) -> Dict[str, Any]:
 def _recorded(path: Path, checkpoint: Optional[Dict[str, Any]]) -> Dict[str, Any]:
     """What `timm-smpconv train` has written into a file."""
     if _is_safetensors(path):
-        return read_metadata(path)
+        said = read_metadata(path)
+        return said if isinstance(said, dict) else {}
     if checkpoint is None:
         checkpoint = read_checkpoint(path)
     return checkpoint if {'mean', 'std', 'state_dict'} <= checkpoint.keys() else {}

@@ -1,14 +1,16 @@
 """Checkpoints of any training to folders as the Hugging Face Hub and timm's `local-dir:` names expect them."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+import secrets
 import shutil
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, Iterator, Optional, Union
 
 import timm
 import torch
@@ -19,12 +21,20 @@ from . import store
 from ._files import save_tensors, write_text
 from .cards import model_card
 from .catalog import check_known, full_name
-from .checkpoint import DEPLOYED_FILE, WEIGHTS_FILE, carried_settings, fit_checkpoint, read_checkpoint
+from .checkpoint import (
+    DEPLOYED_FILE,
+    NOT_NORMALISED_BY_US,
+    WEIGHTS_FILE,
+    ancestors,
+    carried_settings,
+    fit_checkpoint,
+    read_checkpoint,
+)
 from .models._base import LargeKernelNet
 from .tasks import task_of
 from .weights import WEIGHTS
 
-__all__ = ['FILES', 'TENSORS_FILE', 'Converted', 'convert', 'write_config']
+__all__ = ['FILES', 'TENSORS_FILE', 'Converted', 'config_text', 'convert']
 
 _logger = logging.getLogger(__name__)
 
@@ -91,6 +101,8 @@ def convert(
     model_kwargs = dict(model_kwargs or {})
     if out is None and not install:
         raise ValueError('Nothing to do: expected a folder (out), install=True, or both.')
+    if out is None and (deployed or overwrite or license):
+        raise ValueError('deployed, overwrite and license are of a folder: give one (out), or leave them out.')
     if install and model_kwargs:
         raise ValueError(
             f'Only the standard form of a model can be installed as pretrained weights, got {model_kwargs}: give a '
@@ -138,19 +150,36 @@ def convert(
         weights = Path(temporary) / WEIGHTS_FILE
         save_tensors(weights, model.state_dict())
         sha256 = store.file_sha256(weights)
-        folder = None
+        known = name in WEIGHTS and sha256 == WEIGHTS[name].sha256
+        origin = sorted({*ancestors(file, checkpoint), *([name] if known else [])})
+        said: Dict[str, Any] = dict(ancestors=origin) if origin else {}
+        # the licence and the data of the table are those of the weights in it
+        cfg = model.pretrained_cfg
+        cfg['license'] = license or (cfg['license'] if known else None)
+        cfg['description'] = cfg['description'] if known else None
         if out is not None:
-            folder = out
+            if said and not known:
+                save_tensors(weights, model.state_dict(), said)
+                sha256 = store.file_sha256(weights)
             provenance = f'Converted from `{file.name}` (sha256 `{source_sha256}`).'
-            _write_folder(model, name, folder, deployed, provenance, model_kwargs, sha256, license)
+            card = model_card(name, model, provenance, known, deployed, model_kwargs, license)
+            unknown = bool(task and task.stepwise and not carried)
+            with _replacing(out) as folder:
+                shutil.copyfile(weights, folder / WEIGHTS_FILE)
+                write_text(folder / 'config.json', config_text(model, model_kwargs, unknown))
+                save_tensors(folder / TENSORS_FILE, _sample_tensors(model))
+                if deployed:
+                    rendered = timm.utils.reparameterize_model(model).state_dict()
+                    save_tensors(folder / DEPLOYED_FILE, rendered, said or None)
+                write_text(folder / 'README.md', card)
         installed = None
         if install:
-            if carried:  # beside it there is no config.json
-                save_tensors(weights, model.state_dict(), carried)
-                sha256 = sha256 if folder else store.file_sha256(weights)
+            if carried and not known:  # beside it there is no config.json
+                save_tensors(weights, model.state_dict(), {**carried, **said})
+                sha256 = sha256 if out else store.file_sha256(weights)
             with store.lock(name):
                 installed = store.install(name, weights, file.name, source_sha256, by_hand=True)
-    return Converted(name, folder, installed, sha256)
+    return Converted(name, out, installed, sha256)
 
 
 def _check_replaceable(out: Path, file: Path, overwrite: bool) -> None:
@@ -168,29 +197,15 @@ def _check_replaceable(out: Path, file: Path, overwrite: bool) -> None:
         )
 
 
-def _write_folder(
-    model: nn.Module,
-    name: str,
-    folder: Path,
-    deployed: bool,
-    provenance: str,
-    model_kwargs: Dict[str, Any],
-    sha256: str,
-    license: Optional[str],
-) -> None:
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder that takes the place of `folder` when the block ends without an exception."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # beside the final place, so that a rename is enough
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
+    # beside the final place, so that a rename is enough; not by tempfile, which hides folders from others
+    temporary = folder.with_name(f'.{folder.name}.{secrets.token_hex(8)}')
+    temporary.mkdir()
     try:
-        save_tensors(temporary / WEIGHTS_FILE, model.state_dict())
-        write_config(model, temporary / 'config.json', model_kwargs)
-        save_tensors(temporary / TENSORS_FILE, _sample_tensors(model))
-        if deployed:
-            save_tensors(temporary / DEPLOYED_FILE, timm.utils.reparameterize_model(model).state_dict())
-        known = name in WEIGHTS and sha256 == WEIGHTS[name].sha256
-        card = model_card(name, model, provenance, known, deployed, model_kwargs, license)
-        (temporary / 'README.md').write_text(card, encoding='utf-8')
-        temporary.chmod(0o755)
+        yield temporary
         if folder.exists():  # two renames: the folder is missing for a moment, and never half written
             old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
             try:
@@ -209,20 +224,22 @@ def _write_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_config(model: nn.Module, path: Path, model_kwargs: Dict[str, Any]) -> None:
-    """Writes the configuration from which timm and transformers build a model.
+def config_text(model: nn.Module, model_kwargs: Dict[str, Any], unknown_normalisation: bool = False) -> str:
+    """The configuration, config.json, from which timm and transformers build a model.
 
     Args:
         model: Registered model.
-        path: File to write.
         model_kwargs: Arguments that differ from those of the registered model.
+        unknown_normalisation: The mean and std of its pretrained configuration are placeholders.
     """
     with tempfile.TemporaryDirectory() as folder:
-        save_config_for_hf(model, Path(folder) / path.name)
-        config = json.loads((Path(folder) / path.name).read_text(encoding='utf-8'))
+        save_config_for_hf(model, Path(folder) / 'config.json')
+        config = json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8'))
     # nothing but the differences; num_classes has a place of its own, and transformers passes it too
     config['model_args'] = {key: value for key, value in model_kwargs.items() if key != 'num_classes'}
-    write_text(path, json.dumps(config, indent=2) + '\n')
+    if unknown_normalisation:
+        config[NOT_NORMALISED_BY_US] = True
+    return json.dumps(config, indent=2) + '\n'
 
 
 @torch.inference_mode()

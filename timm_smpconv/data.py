@@ -364,6 +364,11 @@ def _make_speech(target: Path, files: List[Path], downloads: Path, progress: boo
         files = [_download(_SPEECH_URL, downloads, _has_sha256(_SPEECH_HASH), progress)]
     if len(files) > 2:
         raise ValueError(f'Expected the official archive, or one of training and one of test data, got {len(files)}.')
+    if len(files) == 2 and 'test' in files[0].name.lower() and 'train' in files[1].name.lower():  # a shell sorts *
+        raise ValueError(
+            f'Expected the training data first, got {files[0].name} and then {files[1].name}: give them in the other '
+            f'order.'
+        )
     tests: Optional[Set[str]] = None
     read = []
     for file in files:

@@ -118,8 +118,10 @@ def _continue_download(url: str, path: Path, what: str, progress: bool) -> Optio
             raise _Broken(f'no answer within {TIMEOUT:.0f} s') from e
         # nobody listens, or the name is unknown: no use in asking again
         raise DownloadError(
-            f'no connection to {urllib.parse.urlsplit(url).netloc} ({e.reason}): check the network.'
+            f'no connection to {urllib.parse.urlsplit(url).hostname} ({e.reason}): check the network.'
         ) from e
+    except http.client.InvalidURL as e:  # whose text has what stands before the @ of a password
+        raise DownloadError(f'{without_password(url)!r} is no address.') from e
     except ValueError as e:  # of an address that cannot be one: a label of its host that is empty, or too long
         raise DownloadError(f'{without_password(url)!r} is no address ({one_line(e)}).') from e
     except (http.client.HTTPException, ConnectionError, TimeoutError) as e:

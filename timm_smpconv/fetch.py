@@ -27,7 +27,7 @@ from huggingface_hub.utils import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from timm.models import split_model_name_tag
+from timm.models import parse_model_name, split_model_name_tag
 
 from . import store
 from ._files import save_tensors
@@ -38,11 +38,12 @@ from .download import TIMEOUT, DownloadError, download
 from .models._checkpoint import unwrap_checkpoint
 from .weights import WEIGHTS, WeightsError, bundled_path, hub_repo
 
-__all__ = ['from_hub', 'hub_cause', 'hub_file', 'locate', 'own_weights']
+__all__ = ['from_hub', 'hub_cause', 'hub_file', 'locate', 'weights_file']
 
 _logger = logging.getLogger(__name__)
 
 _PICKLED_FILE = 'pytorch_model.bin'
+_STALLED_XET = 60.0
 _STALLED = 15.0  # seconds without a byte after which a download from the Hub is given up; it tries again after ten
 
 
@@ -74,20 +75,29 @@ def locate(name: str, cfg: Dict[str, Any], cache_dir: Optional[Union[str, Path]]
         if not cfg['state_dict']:  # timm would take other weights in its place
             raise WeightsError(f'Cannot load {name}: the state_dict given for it is empty.')
         return None
-    if file and Path(file) != _bundled(name):
+    if file and Path(file) != bundled_path(name):
         return Path(file)
     return None if cfg.get('url') else _from_chain(name, cache_dir)
 
 
-def own_weights(name: str) -> Path:
-    """File that `pretrained=True` loads for `model` or `model.tag` of this package.
+def weights_file(name: str) -> Optional[Path]:
+    """File that `pretrained=True` loads for a name.
+
+    Args:
+        name: `model` or `model.tag` of this package, `hf-hub:ORG/NAME` or `local-dir:FOLDER`.
+
+    Returns:
+        The file; None if only timm may know it.
 
     Raises:
         WeightsError: There is none.
     """
-    path = locate(full_name(name), timm.get_pretrained_cfg(name).to_dict())
-    assert path is not None  # no configuration of this package leaves its weights to timm
-    return path
+    source, model_id = parse_model_name(name)
+    if source == 'hf-hub':
+        return from_hub(model_id, what=name)
+    if source == 'local-dir':
+        return _from_folder(name, Path(model_id))
+    return locate(full_name(name), timm.get_pretrained_cfg(name).to_dict())
 
 
 def from_hub(
@@ -130,10 +140,6 @@ def hub_file(hub_id: str, filename: str, cache_dir: Optional[Union[str, Path]] =
     except _Unavailable as e:
         endpoint = without_password(constants.ENDPOINT)
         raise WeightsError(f'Cannot load {filename} from hf-hub:{hub_id} ({endpoint}): {e}') from e
-
-
-def _bundled(name: str) -> Optional[Path]:
-    return bundled_path(name) if name in WEIGHTS else None
 
 
 def _from_folder(name: str, folder: Path) -> Optional[Path]:
@@ -306,15 +312,17 @@ def _hub_file(hub_id: str, filename: str, sha256: Optional[str], cache_dir: Opti
         if path is not None and not isinstance(
             e, (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError)
         ):  # a lost connection, too many requests, a proxy that refuses
-            _logger.info('%s cannot be reached: using the cached %s.', constants.ENDPOINT, path)
+            _logger.info('%s cannot be reached: using the cached %s.', without_password(constants.ENDPOINT), path)
             return path
         kind = _NoFile if isinstance(e, EntryNotFoundError) else _Unavailable
         raise kind(damaged + hub_cause(e, repo, filename)) from e
 
     problem: Optional[_Unavailable] = None
+    # Xet fetches large pieces before it writes any
+    patience = _STALLED if getattr(announced, 'xet_file_data', None) is None else _STALLED_XET
     for attempt in range(2):
         try:
-            path = _download_from_hub(repo, filename, force_download=attempt > 0, **where)
+            path = _download_from_hub(repo, filename, patience, force_download=attempt > 0, **where)
         except _Unavailable:
             raise
         except Exception as e:
@@ -335,9 +343,14 @@ def _hub_file(hub_id: str, filename: str, sha256: Optional[str], cache_dir: Opti
 
 
 def _download_from_hub(
-    repo: str, filename: str, force_download: bool, revision: Optional[str], cache_dir: Optional[Union[str, Path]]
+    repo: str,
+    filename: str,
+    patience: float,
+    force_download: bool,
+    revision: Optional[str],
+    cache_dir: Optional[Union[str, Path]],
 ) -> Path:
-    """hf_hub_download, given up once nothing has arrived for a while: by itself it goes on for more than a minute.
+    """hf_hub_download, given up once nothing has arrived for `patience` seconds: by itself it goes on for minutes.
 
     It runs in a thread that nobody waits for then. What it may still fetch is put into the cache as usual.
     """
@@ -368,8 +381,8 @@ def _download_from_hub(
         size = _folder_size(blobs)
         if size != arrived:
             arrived, since = size, time.monotonic()
-        elif time.monotonic() - since > _STALLED:
-            raise _Unavailable(f'the download stopped, no byte for {_STALLED:.0f} s: check the network and try again.')
+        elif time.monotonic() - since > patience:
+            raise _Unavailable(f'the download stopped, no byte for {patience:.0f} s: check the network and try again.')
     if isinstance(result[0], Exception):
         raise result[0]
     return Path(result[0])
@@ -427,7 +440,8 @@ def _set_hub_file_aside(path: Path) -> None:
     blob = path.resolve()
     store.set_aside(blob)
     if path != blob:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of somebody else: the link leads nowhere, or to what is refused again
+            path.unlink()
 
 
 def hub_cause(error: Exception, repo: str, filename: str = 'such file') -> str:

@@ -25,7 +25,7 @@ from .checkpoint import (
     records_settings,
 )
 from .classes import CLASS_NAMES
-from .fetch import own_weights
+from .fetch import weights_file
 from .tasks import TASKS, network_input, task_of
 
 __all__ = [
@@ -160,8 +160,8 @@ def check_inputs(name: str, checkpoint_path: Optional[Union[str, Path]] = None, 
             fitting = ', '.join(known for known, task in TASKS.items() if task.stepwise)
             raise ValueError(f'Statistics of each time step are for {fitting}, not for {name}.')
         return
-    file = Path(checkpoint_path) if checkpoint_path else own_weights(name)
-    if not file.is_file():  # of which loading it says more
+    file = Path(checkpoint_path) if checkpoint_path else weights_file(name)
+    if file is None or not file.is_file():  # of which loading it says more
         return
     try:
         said, own = bool(carried_settings(file)), records_settings(file)

@@ -20,7 +20,7 @@ from .convert import FILES, TENSORS_FILE
 from .factory import check_config, create_model
 from .fetch import hub_cause
 from .version import __version__
-from .weights import WEIGHTS, WeightsError
+from .weights import WEIGHTS, WeightsError, hub_repo
 
 __all__ = ['Check', 'check_folder', 'push', 'verify']
 
@@ -135,7 +135,8 @@ def verify(repo: str, token: Optional[str] = None) -> List[Check]:
                 found = store.file_sha256(folder / file)
                 announced = sibling.lfs['sha256'] if isinstance(sibling.lfs, dict) else sibling.lfs.sha256
                 checks.append(Check(f'hash of {file}', found == announced, f'sha256 {found}'))
-        known = WEIGHTS.get(name.partition('/')[2])
+        tag = name.partition('/')[2]
+        known = WEIGHTS.get(tag) if name == hub_repo(tag) else None  # others may have weights of their own
         if known and known.sha256 and (folder / WEIGHTS_FILE).is_file():
             found = store.file_sha256(folder / WEIGHTS_FILE)
             detail = 'as in the table' if found == known.sha256 else f'{found}, the table has {known.sha256}'

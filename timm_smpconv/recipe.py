@@ -145,6 +145,10 @@ class Recipe:
             )
         if self.initial_sample_rate and not self.initial_checkpoint:
             raise ValueError('initial_sample_rate is that of the network in initial_checkpoint: give that too.')
+        if self.erase_size != Recipe.erase_size and not self.augment:
+            raise ValueError('erase_size is of the squares that augment erases: leave one of them as it is.')
+        if self.masks != Recipe.masks and not (self.time_mask or self.freq_mask):
+            raise ValueError('masks is the number of masks of time_mask and freq_mask: give one of these too.')
         if self.task_loss_weight != Recipe.task_loss_weight and not self.kd_model_name:
             raise ValueError('task_loss_weight is the share of the labels beside kd_model_name: give that too.')
 

@@ -64,9 +64,9 @@ def store_dir() -> Path:
         WeightsError: The user has no home folder.
     """
     chosen = os.environ.get('TIMM_SMPCONV_CACHE')
-    if chosen:
-        return Path(chosen).expanduser()
     try:
+        if chosen:
+            return Path(chosen).expanduser()
         return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_smpconv'
     except RuntimeError as e:
         raise WeightsError(f'No place for the store of weights ({e}): set TIMM_SMPCONV_CACHE to a folder.') from e

@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from timm.models import split_model_name_tag
 
 from .audio import RATE, resample
-from .checkpoint import table_name
 from .data import Samples, load_character_trajectories, load_mnist, load_speech, speaker_number
 from .features import MFCC
 from .recipe import Recipe
@@ -244,13 +243,12 @@ def split(samples: Samples, recipe: Recipe, task: Task) -> Tuple[Samples, Sample
     return samples[~held], samples[held]
 
 
-def heard(samples: Samples, weights: Path) -> torch.Tensor:
-    """Which samples are by speakers that a file of weights was trained on, as far as its hash tells, (N,), bool."""
-    name = table_name(weights) if samples.speakers is not None and weights.is_file() else None
-    numbers = [speaker_number(speaker) for speaker in training_speakers(name)] if name else []
-    if not numbers:
+def heard(samples: Samples, names: Iterable[str]) -> torch.Tensor:
+    """Which samples are by speakers that bundled weights, `model.tag`, were trained on, (N,), bool."""
+    speakers = {speaker for name in names for speaker in training_speakers(name)}
+    if samples.speakers is None or not speakers:
         return torch.zeros(len(samples), dtype=torch.bool)
-    return torch.isin(samples.speakers, torch.tensor(numbers))
+    return torch.isin(samples.speakers, torch.tensor([speaker_number(speaker) for speaker in speakers]))
 
 
 def _moments(samples: Samples, task: Task, dim: int, batch_size: int) -> Tuple[int, torch.Tensor, torch.Tensor]:

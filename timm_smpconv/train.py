@@ -5,13 +5,14 @@ alone. A run that was killed at any time continues from its last checkpoint with
 """
 
 import contextlib
+import functools
 import hashlib
 import logging
 import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import timm
@@ -26,23 +27,23 @@ from tqdm import tqdm
 
 from ._files import atomic_path, save_tensors, write_rows, write_text
 from .audio import RATE
-from .checkpoint import carried_settings, fit_checkpoint, read_checkpoint
-from .convert import write_config
+from .checkpoint import WEIGHTS_FILE, ancestors, carried_settings, check_architecture, fit_checkpoint, read_checkpoint
+from .convert import config_text
 from .data import Samples
 from .factory import create_model
-from .fetch import own_weights
-from .models._checkpoint import unwrap_checkpoint
+from .fetch import weights_file
 from .models.smpconv_seq import change_rate
 from .predict import check_inputs
 from .recipe import Recipe, read_recipe, recipe_text, same_recipe
-from .tasks import TASKS, Task, channel_statistics, heard, network_input, signal_input, split
+from .tasks import TASKS, Task, channel_statistics, heard, signal_input, split, task_of
+from .validate import evaluate
 from .weights import WeightsError
 
-__all__ = ['check_trainable', 'evaluate', 'predict_classes', 'train']
+__all__ = ['check_trainable', 'train']
 
 _logger = logging.getLogger(__name__)
 
-_CHECKPOINT_VERSION = 3
+_CHECKPOINT_VERSION = 4
 _RECOVERY_SECONDS = 300  # steps of the longest sequences take most of a minute
 
 
@@ -52,17 +53,17 @@ def check_trainable(recipe: Recipe) -> Task:
     Raises:
         ValueError: timm's train.py trains this model, or the recipe has options that its task lacks.
     """
-    architecture = split_model_name_tag(recipe.model)[0]
-    if architecture not in TASKS:
+    task, default = task_of(recipe.model), Recipe()
+    if task is None:
+        architecture = split_model_name_tag(recipe.model)[0]
         raise ValueError(
             f"timm-smpconv train is for {', '.join(TASKS)}. timm's own train.py trains {architecture}: "
             f'recipes/{architecture}.yaml begins with the command.'
         )
-    task, default = TASKS[architecture], Recipe()
     for name in sorted(set().union(*(other.options for other in TASKS.values())) - task.options):
         value = getattr(recipe, name)
-        if value and value != getattr(default, name):
-            raise ValueError(f'{name}={value!r} has no effect on {architecture}, which knows {_listed(task.options)}.')
+        if value != getattr(default, name):
+            raise ValueError(f'{name}={value!r} has no effect on {recipe.model}, which knows {_listed(task.options)}.')
     return task
 
 
@@ -70,71 +71,16 @@ def _listed(names: Sequence[str]) -> str:
     return ', '.join(sorted(names))
 
 
-@torch.inference_mode()
-def predict_classes(
-    model: nn.Module, batches: Iterable[Tuple[torch.Tensor, torch.Tensor]], total: int, unit: str, progress: bool
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Predicted classes of batches of inputs and labels, with a bar that shows the accuracy so far.
-
-    Args:
-        model: Network in eval mode.
-        batches: Inputs and labels.
-        total: Number of inputs in all batches.
-        unit: What an input is, for the bar.
-        progress: Show it.
-
-    Returns:
-        Predictions and labels, (N,).
-    """
-    predictions, labels = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
-    device = next(model.parameters()).device
-    hits = seen = 0
-    with tqdm(total=total, desc='evaluate', unit=unit, disable=not progress, leave=False) as bar:
-        for x, target in batches:
-            predictions.append(model(x.to(device)).argmax(1).cpu())
-            labels.append(target)
-            hits += int((predictions[-1] == target).sum())
-            seen += len(target)
-            bar.set_postfix(accuracy=f'{hits / seen:.4f}', refresh=False)
-            bar.update(len(target))
-    return torch.cat(predictions), torch.cat(labels)
-
-
-def evaluate(
-    model: nn.Module,
-    samples: Samples,
-    task: Task,
-    batch_size: Optional[int] = None,
-    progress: bool = True,
-) -> torch.Tensor:
-    """Predicted classes.
-
-    Args:
-        model: Network, with the pretrained_cfg that says how its input is normalised.
-        samples: Stored samples, with labels for the running accuracy.
-        task: What turns them into inputs.
-        batch_size: Samples per forward pass; None for what fits any machine.
-        progress: Show a progress bar.
-
-    Returns:
-        Predictions, (N,).
-    """
-    cfg = model.pretrained_cfg
-    size = batch_size or max(1, 200_000 // math.prod(cfg['input_size'][1:]))
-    parts = (samples[start : start + size] for start in range(0, len(samples), size))
-    batches = ((network_input(task, part.inputs, cfg), part.labels) for part in parts)
-    return predict_classes(model.eval(), batches, len(samples), 'sample', progress)[0]
-
-
 def _seed(*numbers: int) -> int:
     """A seed that is unlike those of neighbouring numbers."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], 'big')
 
 
-def _digest(samples: Samples) -> str:
-    """What tells one set of training data from another."""
-    digest = hashlib.sha256(repr(tuple(samples.inputs.shape)).encode())
-    for tensor in (samples.labels, samples.inputs):
+def _digest(tensors: Sequence[torch.Tensor]) -> str:
+    """What tells some tensors from others."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
         digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
 
@@ -151,22 +97,18 @@ def _blaming(**fields: Any) -> Iterator[None]:
         raise ValueError(f'{values} cannot work: {e}') from e
 
 
-def _start(recipe: Recipe) -> Optional[Path]:
-    """File of the weights that a run begins with."""
-    if recipe.initial_checkpoint:
-        return Path(recipe.initial_checkpoint)
-    return own_weights(recipe.model) if recipe.pretrained else None
-
-
 class _Teacher:
     """A trained network whose class probabilities another one learns (Hinton et al., 2015, at temperature 1)."""
 
     def __init__(self, recipe: Recipe, task: Task, device: torch.device):
         name = recipe.kd_model_name
-        if split_model_name_tag(name)[0] in TASKS:
+        if task_of(name):
             check_inputs(name)
         try:
             self.model = create_model(name, pretrained=True).eval().to(device)
+            self.file = weights_file(name)
+            # what tells one teacher from another
+            self.digest = _digest([tensor.cpu() for tensor in self.model.state_dict().values()])
         except WeightsError:
             raise
         except RuntimeError as e:  # no such model
@@ -192,23 +134,59 @@ class _Run:
     def __init__(self, recipe: Recipe, task: Task, samples: Samples, output: Path, device: torch.device):
         self.recipe, self.output, self.device = recipe, output, device
         self.steps_per_epoch = len(samples) // recipe.batch_size
-        self.data = _digest(samples)
+        self.data = _digest([samples.labels, samples.inputs])
         self.teacher = _Teacher(recipe, task, device) if recipe.kd_model_name else None
         torch.manual_seed(recipe.seed)
         resumed = self._checkpoint_path.exists()
-        kwargs = dict(
-            pretrained=recipe.pretrained and not resumed,
-            drop_rate=recipe.drop,
-            drop_path_rate=recipe.drop_path,
-            input_drop_rate=recipe.input_drop_rate,
-        )
-        with _blaming(model=recipe.model, model_kwargs=recipe.model_kwargs):
-            self.model = timm.create_model(recipe.model, **kwargs, **recipe.model_kwargs)
-        cfg = self.model.pretrained_cfg
-        self.start = start = None if resumed else _start(recipe)
+        self.model = self._create_model(resumed)
+        self.start: Optional[Path] = None  # file of the weights that the run begins with
+        # bundled weights that it learns from, by way of other weights too
+        self.ancestors = ancestors(self.teacher.file) if self.teacher and self.teacher.file else []
         carried: Dict[str, Any] = {}
-        if start and recipe.initial_checkpoint:
-            checkpoint = read_checkpoint(start)
+        if not resumed and (recipe.initial_checkpoint or recipe.pretrained):
+            self.start = Path(recipe.initial_checkpoint) if recipe.initial_checkpoint else weights_file(recipe.model)
+            carried = self._load_start(task)
+        self.model.to(device)
+        self.ema: Optional[ModelEmaV3] = None
+        if recipe.model_ema_decay:
+            self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay, use_warmup=True)
+        self._create_optimizer()
+        self.step = 0  # complete ones
+        self.loss_sum, self.hits, self.seconds = 0.0, 0, 0.0  # of the epoch
+        self.rows: List[Dict[str, str]] = []  # of the log
+        self.saved_at = time.monotonic()
+        cfg = self.model.pretrained_cfg
+        self.mean, self.std = [float(v) for v in cfg['mean']], [float(v) for v in cfg['std']]
+        if resumed:
+            self._resume()
+        elif task.measured and not carried:  # weights that are there are used to their own statistics
+            self.mean, self.std = channel_statistics(samples, task)
+        cfg['mean'], cfg['std'] = tuple(self.mean), tuple(self.std)
+        if recipe.sample_rate:
+            cfg['input_size'] = (*cfg['input_size'][:-1], recipe.sample_rate)
+        if self.ema:
+            self.ema.module.pretrained_cfg = cfg
+
+    def _create_model(self, resumed: bool) -> nn.Module:
+        recipe = self.recipe
+        with _blaming(model=recipe.model, model_kwargs=recipe.model_kwargs):
+            return timm.create_model(
+                recipe.model,
+                pretrained=recipe.pretrained and not resumed,
+                drop_rate=recipe.drop,
+                drop_path_rate=recipe.drop_path,
+                input_drop_rate=recipe.input_drop_rate,
+                **recipe.model_kwargs,
+            )
+
+    def _load_start(self, task: Task) -> Dict[str, Any]:
+        """Loads the weights of a file to start from, and returns what they say of the input they are used to."""
+        recipe, start = self.recipe, self.start
+        assert start is not None
+        checkpoint = read_checkpoint(start)
+        self.ancestors = sorted({*self.ancestors, *ancestors(start, checkpoint)})
+        if recipe.initial_checkpoint:
+            check_architecture(checkpoint, self.model.pretrained_cfg['architecture'], str(start))
             carried = carried_settings(start, self.model.in_chans, checkpoint)
             rate = recipe.initial_sample_rate or recipe.sample_rate or RATE
             steps = carried.pop('input_size', (rate,))[-1]
@@ -217,27 +195,28 @@ class _Run:
                     f'{start} is of {steps} samples a second, and taken to be of {rate}: set '
                     f'initial_sample_rate={steps}.'
                 )
+            adapt = None
             if recipe.initial_sample_rate:
                 ratio = (recipe.sample_rate or RATE) / recipe.initial_sample_rate
-                checkpoint = change_rate(unwrap_checkpoint(checkpoint), self.model, ratio)
-            self.model.load_state_dict(fit_checkpoint(checkpoint, self.model, str(start)))
-            cfg.update(carried)
-        elif start:
+                adapt = functools.partial(change_rate, model=self.model, ratio=ratio)
+            self.model.load_state_dict(fit_checkpoint(checkpoint, self.model, str(start), adapt))
+            self.model.pretrained_cfg.update(carried)
+        else:
             carried = carried_settings(start)
-        if start and not carried and task.stepwise:
+        if not carried and task.stepwise:
             _logger.warning(
                 '%s does not say how its inputs were normalised: here each channel is, over all time steps. The '
                 'authors normalise each step; weights of theirs have to get used to it.',
                 start,
             )
-        measured = task.measured and not carried  # weights that are there are used to their own statistics
-        self.model.to(device)
-        self.ema: Optional[ModelEmaV3] = None
-        if recipe.model_ema_decay:
-            self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay, use_warmup=True)
-        kwargs = dict(lr=recipe.lr, weight_decay=recipe.weight_decay)
+        return carried
+
+    def _create_optimizer(self) -> None:
+        recipe = self.recipe
         with _blaming(opt=recipe.opt, opt_kwargs=recipe.opt_kwargs):
-            self.optimizer = create_optimizer_v2(self.model, recipe.opt, **kwargs, **recipe.opt_kwargs)
+            self.optimizer = create_optimizer_v2(
+                self.model, recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, **recipe.opt_kwargs
+            )
             if getattr(self.optimizer, 'is_second_order', False):
                 raise ValueError(f'opt={recipe.opt!r} needs second derivatives, which are not computed.')
         self.scheduler, _ = create_scheduler_v2(
@@ -251,20 +230,6 @@ class _Run:
             step_on_epochs=False,
             updates_per_epoch=self.steps_per_epoch,
         )
-        self.step = 0  # complete ones
-        self.loss_sum, self.hits, self.seconds = 0.0, 0, 0.0  # of the epoch
-        self.rows: List[Dict[str, str]] = []  # of the log
-        self.saved_at = time.monotonic()
-        self.mean, self.std = [float(v) for v in cfg['mean']], [float(v) for v in cfg['std']]
-        if resumed:
-            self._resume()
-        elif measured:
-            self.mean, self.std = channel_statistics(samples, task)
-        cfg['mean'], cfg['std'] = tuple(self.mean), tuple(self.std)
-        if recipe.sample_rate:
-            cfg['input_size'] = (*cfg['input_size'][:-1], recipe.sample_rate)
-        if self.ema:
-            self.ema.module.pretrained_cfg = cfg
 
     @property
     def final(self) -> nn.Module:
@@ -289,12 +254,14 @@ class _Run:
             raise ValueError(f'Cannot continue from {path}, which another version of this package wrote: {advice}.')
         if checkpoint.get('data') != self.data:
             raise ValueError(f'Cannot continue from {path}: it is of a run on other data; {advice}.')
+        if checkpoint.get('teacher') != (self.teacher and self.teacher.digest):
+            raise ValueError(f'Cannot continue from {path}: {self.recipe.kd_model_name} has other weights; {advice}.')
         try:
             self.model.load_state_dict(checkpoint['state_dict'])
             self.optimizer.load_state_dict(checkpoint['optimizer'])
             if self.ema:
                 self.ema.module.load_state_dict(checkpoint['state_dict_ema'])
-            for name in ('step', 'loss_sum', 'hits', 'seconds', 'rows', 'mean', 'std'):
+            for name in ('step', 'loss_sum', 'hits', 'seconds', 'rows', 'mean', 'std', 'ancestors'):
                 setattr(self, name, checkpoint[name])
         except (KeyError, RuntimeError, ValueError) as e:
             raise ValueError(f'Cannot continue from {path} ({e}): {advice}.') from e
@@ -306,6 +273,8 @@ class _Run:
             version=_CHECKPOINT_VERSION,
             arch=self.recipe.model,
             data=self.data,
+            teacher=self.teacher and self.teacher.digest,
+            ancestors=self.ancestors,
             state_dict=self.model.state_dict(),
             state_dict_ema=self.ema.module.state_dict() if self.ema else None,
             optimizer=self.optimizer.state_dict(),
@@ -448,18 +417,14 @@ def train(
 
 def _warn_of_heard(run: _Run, held: Samples) -> None:
     """Tells if weights that a run learns from were trained on speakers that it holds out."""
-    files = [run.start]
-    if split_model_name_tag(run.recipe.kd_model_name)[0] in TASKS:
-        files.append(own_weights(run.recipe.kd_model_name))
-    for file in files:
-        count = int(heard(held, file).sum()) if file else 0
-        if count:
-            _logger.warning(
-                '%d of %d held-out recordings are by speakers that %s was trained on: val_accuracy is too high.',
-                count,
-                len(held),
-                file,
-            )
+    count = int(heard(held, run.ancestors).sum())
+    if count:
+        _logger.warning(
+            '%d of %d held-out recordings are by speakers that %s was trained on: val_accuracy is too high.',
+            count,
+            len(held),
+            ', '.join(run.ancestors),
+        )
 
 
 def _usable_device(device: Union[str, torch.device]) -> torch.device:
@@ -534,16 +499,13 @@ def _mix(
 
 def _write_result(run: _Run) -> Path:
     """Weights and configuration in timm's layout of a model folder."""
-    recipe = run.recipe
-    model = timm.create_model(recipe.model, **recipe.model_kwargs)
-    model.load_state_dict(run.final.state_dict())
-    cfg = run.model.pretrained_cfg
-    model.pretrained_cfg.update(mean=cfg['mean'], std=cfg['std'], input_size=cfg['input_size'])
-    write_config(model, run.output / 'config.json', recipe.model_kwargs)
-    path = run.output / 'model.safetensors'
+    cfg = run.final.pretrained_cfg
+    cfg['license'] = None  # that of the package's own weights
+    write_text(run.output / 'config.json', config_text(run.final, run.recipe.model_kwargs))
     # a file on its own says how its input is normalised
-    metadata = dict(
-        architecture=model.pretrained_cfg['architecture'], mean=run.mean, std=run.std, input_size=cfg['input_size']
-    )
-    save_tensors(path, model.state_dict(), metadata)
+    metadata = dict(architecture=cfg['architecture'], mean=run.mean, std=run.std, input_size=cfg['input_size'])
+    if run.ancestors:
+        metadata['ancestors'] = run.ancestors
+    path = run.output / WEIGHTS_FILE
+    save_tensors(path, run.final.state_dict(), metadata)
     return path

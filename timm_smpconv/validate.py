@@ -3,23 +3,25 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
 
 import timm
 import torch
 from PIL import Image
 from timm.data import ImageDataset, ImageNetInfo, create_loader, resolve_data_config
 from torch import nn
+from tqdm import tqdm
 
 from .catalog import check_known
+from .checkpoint import ancestors
 from .classes import CLASS_NAMES
-from .fetch import own_weights
+from .data import Samples
+from .fetch import weights_file
 from .predict import check_inputs, class_names, load_model
-from .tasks import heard, stepwise, task_of
-from .train import evaluate, predict_classes
+from .tasks import Task, heard, network_input, stepwise, task_of
 from .weights import design_effect, wilson
 
-__all__ = ['Measurement', 'validate']
+__all__ = ['Measurement', 'evaluate', 'predict_classes', 'validate']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,62 @@ class Measurement:
         return torch.bincount(self.labels * count + self.predictions, minlength=count * count).reshape(count, count)
 
 
+@torch.inference_mode()
+def predict_classes(
+    model: nn.Module, batches: Iterable[Tuple[torch.Tensor, torch.Tensor]], total: int, unit: str, progress: bool
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Predicted classes of batches of inputs and labels, with a bar that shows the accuracy so far.
+
+    Args:
+        model: Network in eval mode.
+        batches: Inputs and labels.
+        total: Number of inputs in all batches.
+        unit: What an input is, for the bar.
+        progress: Show it.
+
+    Returns:
+        Predictions and labels, (N,).
+    """
+    predictions, labels = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
+    device = next(model.parameters()).device
+    hits = seen = 0
+    with tqdm(total=total, desc='evaluate', unit=unit, disable=not progress, leave=False) as bar:
+        for x, target in batches:
+            predictions.append(model(x.to(device)).argmax(1).cpu())
+            labels.append(target)
+            hits += int((predictions[-1] == target).sum())
+            seen += len(target)
+            bar.set_postfix(accuracy=f'{hits / seen:.4f}', refresh=False)
+            bar.update(len(target))
+    return torch.cat(predictions), torch.cat(labels)
+
+
+def evaluate(
+    model: nn.Module,
+    samples: Samples,
+    task: Task,
+    batch_size: Optional[int] = None,
+    progress: bool = True,
+) -> torch.Tensor:
+    """Predicted classes.
+
+    Args:
+        model: Network, with the pretrained_cfg that says how its input is normalised.
+        samples: Stored samples, with labels for the running accuracy.
+        task: What turns them into inputs.
+        batch_size: Samples per forward pass; None for what fits any machine.
+        progress: Show a progress bar.
+
+    Returns:
+        Predictions, (N,).
+    """
+    cfg = model.pretrained_cfg
+    size = batch_size or max(1, 200_000 // math.prod(cfg['input_size'][1:]))
+    parts = (samples[start : start + size] for start in range(0, len(samples), size))
+    batches = ((network_input(task, part.inputs, cfg), part.labels) for part in parts)
+    return predict_classes(model.eval(), batches, len(samples), 'sample', progress)[0]
+
+
 def validate(
     name: str,
     data_dir: Union[str, Path],
@@ -77,7 +135,7 @@ def validate(
     """Runs a model over its test data.
 
     The bundled speech weights were trained on three fifths of the official test split: recordings by the speakers of
-    that part are left out, unless other weights are measured.
+    that part are left out for them, and for weights that say that they began with these or were taught by them.
 
     Args:
         name: `name` or `name.tag` of a model of this package.
@@ -99,7 +157,8 @@ def validate(
     if task:
         found = samples = task.load(data_dir, False)
         if found.speakers is not None:
-            samples = found[~heard(found, Path(checkpoint_path) if checkpoint_path else own_weights(name))]
+            weights = Path(checkpoint_path) if checkpoint_path else weights_file(name)
+            samples = found[~heard(found, ancestors(weights) if weights else ())]
         if not len(samples):
             raise ValueError(f'{data_dir} has no test data for {name}.')
         check_inputs(name, checkpoint_path, step_statistics)

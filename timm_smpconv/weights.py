@@ -200,7 +200,7 @@ WEIGHTS: Dict[str, Weights] = {
 
 def bundled_path(name: str) -> Optional[Path]:
     """File of the weights `model.tag` if they come with this package."""
-    bundled = WEIGHTS[name].bundled
+    bundled = WEIGHTS[name].bundled if name in WEIGHTS else None
     return _FOLDER / bundled if bundled else None
 
 

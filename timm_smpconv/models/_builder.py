@@ -162,7 +162,7 @@ def _read_weights(
     checkpoint = read_checkpoint(file)
     check_architecture(checkpoint, variant, str(file))
     # the statistics of bundled weights, and of those with a config.json, are the configuration's
-    if (key in WEIGHTS and file == bundled_path(key)) or cfg.get('source') in ('hf-hub', 'local-dir'):
+    if file == bundled_path(key) or cfg.get('source') in ('hf-hub', 'local-dir'):
         return checkpoint, {}
     carried = carried_settings(file, None, checkpoint)
     return checkpoint, {name: carried[name] for name in ('mean', 'std') if name in carried}
