@@ -13,7 +13,15 @@ from timm.utils import freeze, reparameterize_model, unfreeze
 from torch import nn
 from torch.nn.utils import prune
 
-from timm_smpconv.layers import ConvNorm, PeripheralKernel, RepSMPConv1d, RepSMPConv2d, SMPConv2d, SMPKernel
+from timm_smpconv.layers import (
+    ConvNorm,
+    LargeConv2d,
+    PeripheralKernel,
+    RepSMPConv1d,
+    RepSMPConv2d,
+    SMPConv2d,
+    SMPKernel,
+)
 
 PLAIN = (
     nn.Conv1d,
@@ -97,16 +105,93 @@ def test_other_sizes(name, model):
     assert relative_error(model.reparameterize()(x), wanted) <= 1e-5
 
 
-@pytest.mark.parametrize('how', ['method', 'timm'])
-def test_refused_in_train_mode(name, how, model, x):
+def test_refused_in_train_mode(name, model, x):
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     modules = [type(m) for m in model.modules()]
     with pytest.raises(RuntimeError, match='train mode.*eval'):
-        model.reparameterize() if how == 'method' else reparameterize_model(model)
+        model.reparameterize()
     assert model.training and [type(m) for m in model.modules()] == modules
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+
+
+@torch.no_grad()
+def test_timm_deploys_in_train_mode(name, model, x):
+    """Its scripts do (validate.py --reparam), and go to eval mode afterwards."""
+    wanted = model(x)
+    deployed = reparameterize_model(model.train())
+    assert_plain(deployed)
+    assert all(m.training for m in deployed.modules())
+    assert relative_error(deployed.eval()(x), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize('how', ['method', 'timm'])
+def test_deployed_networks_become_folders(name, how, model, x, tmp_path):
+    deployed = model.reparameterize() if how == 'method' else reparameterize_model(model)
+    if not hasattr(timm.models, 'get_model_args'):
+        pytest.skip('this version of timm notes no arguments')
+    timm.models.save_for_hf(deployed, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(x), deployed(x))
+
+
+def test_frozen_networks_stay_frozen(name, model, x):
+    for frozen in (model.requires_grad_(False).reparameterize(), model):
+        assert not any(p.requires_grad for p in frozen.parameters())
+
+
+@torch.no_grad()
+def test_padding_is_kept():
+    """Of images whose borders meet, for one."""
+    model = randomize_norms(build('smpconv_mobile31')).eval()
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d) and m.stride == (2, 2):
+            m.padding_mode, m._reversed_padding_repeated_twice = 'circular', [p for p in m.padding[::-1] for _ in '12']
+    x = make_input('smpconv_mobile31', 1)
+    wanted = model(x)
+    assert relative_error(model.reparameterize()(x), wanted) <= 1e-5
+    layer, plain = LargeConv2d(4, 4, 5, groups=4), nn.Conv2d(4, 4, 5, padding=2, groups=4, padding_mode='circular')
+    layer.load_state_dict(plain.state_dict())
+    layer.padding_mode, layer._reversed_padding_repeated_twice = 'circular', [2] * 4
+    x = torch.randn(1, 4, 9, 9)
+    assert torch.equal(layer(x), plain(x))
+    block = RepSMPConv2d(4, 4, 9, groups=4).eval()
+    block.small.padding_mode, block.small._reversed_padding_repeated_twice = 'circular', [2] * 4
+    wanted = block.large_norm(block.large(x)) + block.small_norm(block.small(x))
+    torch.testing.assert_close(block(x), wanted)
+    with pytest.raises(RuntimeError, match="padding_mode='circular', the large one pads with zeros"):
+        block.fuse()
+
+
+@torch.no_grad()
+def test_pruned_norms():
+    """Their weights are what is stored, and not those of the last call."""
+    model = build('smpconv_mobile31').eval()
+    keys = [key for key, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    for key in keys:
+        norm = model.get_submodule(key)
+        prune.random_unstructured(norm, 'weight', 0.5)
+        norm.weight_orig.data.uniform_(1, 2)  # as of a checkpoint
+    state = copy.deepcopy(model.state_dict())
+    deployed = model.reparameterize()
+    other = build('smpconv_mobile31').eval()
+    other.load_state_dict({**other.state_dict(), **{k: v for k, v in state.items() if k in other.state_dict()}})
+    for norm, key in zip([m for m in other.modules() if isinstance(m, nn.BatchNorm2d)], keys):
+        norm.weight.data = state[f'{key}.weight_orig'] * state[f'{key}.weight_mask']
+    x = make_input('smpconv_mobile31', 1)
+    assert relative_error(deployed(x), other(x)) <= 1e-5
+
+
+def test_norms_without_statistics():
+    """As adaptation at test time leaves them."""
+    model = build('smpconv_mobile31').eval()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean = m.running_var = None
+    with pytest.raises(RuntimeError, match='Only batch norms with running statistics'):
+        model.reparameterize()
 
 
 @torch.no_grad()
@@ -278,8 +363,7 @@ def test_blocks(block, shape):
     conv = module.fuse()
     assert isinstance(conv, (nn.Conv1d, nn.Conv2d)) and conv.bias is not None
     assert relative_error(conv(x), wanted) <= 1e-10
-    with pytest.raises(RuntimeError, match='train mode'):
-        module.train().fuse()
+    assert module.train().fuse().training
 
 
 class Adapter(nn.Sequential):
@@ -479,14 +563,3 @@ def test_deployed_in_inference_mode():
         model.reparameterize()
     assert not any(p.is_inference() for p in model.parameters())
     model(torch.randn(1, 3, 64, 64)).sum().backward()
-
-
-def test_deployed_networks_are_saved_as_such(tmp_path):
-    """By timm's own function, as far as the version notes arguments."""
-    model = timm.create_model('smpconv_seq_mnist', depth=1, dim=4).eval().reparameterize()
-    if not hasattr(timm.models, 'get_model_args'):
-        pytest.skip('this version of timm notes no arguments')
-    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
-    x = torch.randn(2, 1, 28, 28)
-    with torch.no_grad():
-        assert torch.equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), model(x))

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vmap
 
 from timm_smpconv import ops
+from timm_smpconv.layers import SMPConv1d, SMPConv2d
 
 FAMILIES = ['smpconv_mobile31', 'smpconv_cifar', 'smpconv_seq_mnist']
 
@@ -48,6 +49,18 @@ def test_hessian(backend, op):
     wanted = hessian(value(lambda x, weight: torch_result(op, x, weight, None)))(weight)
     with ops.use_backend(backend):
         assert relative_error(hessian(value(OPS[op]))(weight), wanted) <= 1e-10
+
+
+@pytest.mark.parametrize('layer, shape', [('2d', (2, 4, 9, 9)), ('1d', (2, 4, 80))])
+def test_layers_in_train_mode(layer, shape):
+    """Where radii are projected, but for those that cannot be changed."""
+    layer = SMPConv2d(4, 4, 5, groups=4) if layer == '2d' else SMPConv1d(4, 4, 80)
+    x = torch.randn(shape)
+    wanted = torch.autograd.grad(layer(x.requires_grad_()).pow(2).sum(), x)[0]
+    assert relative_error(grad(lambda x: layer(x).pow(2).sum())(x), wanted) <= 1e-5
+    layers = [copy.deepcopy(layer), layer]
+    got = vmap(lambda params, x: functional_call(layer, params, (x,)), (0, None))(stack_module_state(layers)[0], x)
+    assert relative_error(got[0], layer(x)) <= 1e-5 and relative_error(got[1], layer(x)) <= 1e-5
 
 
 def parts(model):

@@ -428,6 +428,12 @@ def test_meta_device(ndim):
     assert torch.equal(real(), source())
 
 
+def test_numbers_of_numpy():
+    kernel = SMPKernel(1, 2, np.prod((4, 5)), ndim=1)
+    assert kernel.kernel_size == [20] and type(kernel.kernel_size[0]) is int
+    assert SMPKernel(1, 2, np.array([3, 5]))().shape == (2, 1, 3, 5)
+
+
 def test_reset_parameters_after_meta():
     kernel = SMPKernel(2, 3, 5, device='meta').to_empty(device='cpu')
     kernel.reset_parameters()

@@ -392,6 +392,22 @@ def test_adapters_make_convolutions_like_these(layer, x):
             make(4, 3, layer.kernel_size, **wrong)
 
 
+@pytest.mark.parametrize('make', [lambda: LargeConv2d(4, 4, 5), lambda: CausalConv1d(4, 4, 5)])
+def test_weights_that_are_computed_are_computed_once(make):
+    """In each call: some draw, or iterate."""
+    layer, calls = make(), []
+
+    class Counting(nn.Module):
+        def forward(self, weight):
+            calls.append(weight)
+            return weight
+
+    torch.nn.utils.parametrize.register_parametrization(layer, 'weight', Counting())
+    calls.clear()
+    layer(torch.randn(1, 4, 9, 9) if isinstance(layer, nn.Conv2d) else torch.randn(1, 4, 9))
+    assert len(calls) == 1
+
+
 class Gathering(nn.Module):
     """A wrapper as FSDP's: what it wraps has its weights while it is called, and passes on all attributes."""
 

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, strategies as st
 from synth import relative_error
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from timm_smpconv import ops
+from timm_smpconv.layers import LargeConv2d
 from timm_smpconv.ops import dft, direct, fft, reference
 
 BACKENDS = ops.available_backends()
@@ -331,6 +333,50 @@ def test_compiled_gradients(backend, op):
         results.append([a.grad for a in own])
     for eager, compiled in zip(*results):
         assert relative_error(compiled, eager) < 1e-5
+
+
+def test_compiled_gradients_have_no_loop():
+    """Over the images of a batch, which would be as many convolutions."""
+    graphs = []
+
+    def run(x, weight):
+        return ops.depthwise_conv2d(x, weight).square().sum()
+
+    def note(graph, inputs):
+        graphs.append(sum('convolution' in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    args = [torch.randn(shape, requires_grad=True) for shape in ((16, 4, 14, 14), (4, 1, 13, 13))]
+    torch.compiler.reset()
+    backend = aot_autograd(fw_compiler=note, bw_compiler=note)
+    with ops.use_backend('direct'):
+        torch.compile(run, fullgraph=True, backend=backend)(*args).backward()
+    assert graphs[0] == 1 and graphs[1] < 16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('size, module', [(33, dft), (3, None)])
+def test_spectra_are_kept_within_autocast(size, module, monkeypatch):
+    """Of the rounded kernel, beside those of the kernel itself."""
+    layer, x = LargeConv2d(8, 8, size, bias=False).eval(), torch.randn(1, 8, 32, 32)
+    wanted = layer(x)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        first = layer(x)
+        if module is not None:  # the kernel is not transformed again, the input is
+            calls, transform = [], module._transform
+            monkeypatch.setattr(module, '_transform', lambda *args: calls.append(args) or transform(*args))
+        assert torch.equal(layer(x), first) and relative_error(first, wanted) < 2e-2
+        assert module is None or len(calls) == 1
+        layer.weight.mul_(2)
+        assert relative_error(layer(x), 2 * wanted) < 2e-2
+    assert relative_error(layer(x), 2 * wanted) < 1e-5
+
+
+def test_matrices_of_large_maps_are_not_kept():
+    for side, kept in ((64, 3), (600, 1)):  # of the map, of the kernel and back, or of the kernel alone
+        dft._made_once.cache_clear()
+        dft.correlate(torch.randn(1, 1, side, side), torch.randn(1, 1, 3, 3), None, (1, 1), False)
+        assert dft._made_once.cache_info().currsize == kept
 
 
 def test_backward_pass_within_autocast():

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from timm_smpconv.layers import (
-    KernelCache,
     PeripheralConv2d,
     PeripheralKernel,
+    RenderedKernel,
     RepSMPConv1d,
     RepSMPConv2d,
     SMPConv1d,
@@ -89,6 +89,40 @@ def test_norms_in_train_mode_see_the_whole_batch(name, model, x, monkeypatch):
         torch.testing.assert_close(a, b, **CLOSE)
     with pytest.raises(RuntimeError, match='train mode'):
         model.reparameterize()
+
+
+def test_frozen_networks_take_them_with_gradients_enabled(name, model, x, monkeypatch):
+    """As the backbone of another network: kernels are rendered once, and an input may want its gradient."""
+    monkeypatch.setattr(parts, '_MAX_BYTES', 1)
+    model.requires_grad_(False)
+    with torch.inference_mode():  # what is kept of it serves a backward pass too
+        wanted = model(x)
+    renders = []
+    for kernel in model.modules():
+        if isinstance(kernel, RenderedKernel):
+            monkeypatch.setattr(kernel, 'render_reached', lambda *args: renders.append(args))
+    y = model(x.requires_grad_())
+    torch.testing.assert_close(y, wanted, **CLOSE)
+    assert not renders
+    y.square().mean().backward()
+    monkeypatch.undo()
+    other = copy.deepcopy(model).requires_grad_()
+    other_x = x.detach().clone().requires_grad_()
+    other(other_x).square().mean().backward()
+    torch.testing.assert_close(x.grad, other_x.grad, rtol=1e-3, atol=1e-4 * other_x.grad.abs().max().item())
+    assert x.grad.abs().sum() > 0
+
+
+def test_moves_and_casts_empty_caches(name, model, x):
+    with torch.no_grad():
+        model(x)
+
+    def kept():
+        return [v for m in model.modules() for v in vars(m).values() if isinstance(v, ValueCache) and v._entry]
+
+    assert kept()
+    model.double()
+    assert not kept()
 
 
 def test_hooks_see_the_whole_batch_once(name, model, x, monkeypatch):
@@ -180,6 +214,29 @@ def test_kernels_with_a_forward_of_their_own(train):
     with torch.set_grad_enabled(train):
         taps = kernel.for_convolution()
         assert torch.equal(taps, kernel()[..., -taps.shape[-1] :]) and taps.abs().max() > 0
+
+
+class ScaledKernel(SMPKernel):
+    """One whose radii depend on one more parameter."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    @property
+    def radius(self):
+        return super().radius * self.scale.exp()
+
+
+def test_kernels_with_more_parameters():
+    conv, x = SMPConv2d(4, 4, 9, groups=4).eval(), torch.randn(1, 4, 12, 12)
+    conv.kernel = ScaledKernel(1, 4, 9, num_points=4, radius=0.4, shared_points=True, normalize=False).eval()
+    with torch.no_grad():
+        before = conv(x)
+        conv.kernel.scale.add_(0.5)
+        after = conv(x)
+    torch.testing.assert_close(after, without_shortcuts(conv, x))
+    assert not torch.allclose(before, after)
 
 
 def test_hooks_of_all_modules_see_all_parts():
@@ -311,7 +368,6 @@ def test_train_mode_empties_the_caches(name, model, x):
     caches = []
     for module in model.modules():
         for value in vars(module).values():
-            value = value._values if isinstance(value, KernelCache) else value
             caches += [value] if isinstance(value, ValueCache) else []
     with torch.no_grad():
         model(x)

@@ -7,7 +7,7 @@ from .conv import (
     SMPConv1d as SMPConv1d,
     SMPConv2d as SMPConv2d,
 )
-from .kernel import SMPKernel as SMPKernel, no_weight_decay as no_weight_decay
+from .kernel import RenderedKernel as RenderedKernel, SMPKernel as SMPKernel, no_weight_decay as no_weight_decay
 from .parts import by_parts as by_parts
 from .peripheral import PeripheralKernel as PeripheralKernel, sharing_grid as sharing_grid
 from .rep import (

@@ -1,15 +1,20 @@
 """Results that are computed again only when a tensor they depend on has changed."""
 
-from typing import Any, Callable, Hashable, Optional, Sequence, Tuple
+from typing import Any, Callable, Hashable, Iterable, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
 
 from ..ops.context import Keep, is_transformed
 
-__all__ = ['DropsCaches', 'KernelCache', 'ValueCache']
+__all__ = ['DropsCaches', 'KernelCache', 'ValueCache', 'wants_gradients']
 
 _MAX_NUMBERS = 2**23  # that a KernelCache keeps: 32 MiB in single precision
+
+
+def wants_gradients(tensors: Iterable[Optional[torch.Tensor]]) -> bool:
+    """Whether a backward pass may ask for the gradient of one of the tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class ValueCache:
@@ -46,15 +51,13 @@ class ValueCache:
                     return result
         # before computing: a value that another thread changes in the meantime is found to differ the next time
         copies = tuple(None if t is None else t.detach().clone() for t in tensors)
-        result = compute()
+        with torch.inference_mode(False), torch.no_grad():  # a later call may save it for a backward pass
+            result = compute()
         self._entry = (result, settings, copies)
         return result
 
-    def __getstate__(self):
+    def __getstate__(self):  # of copies too
         return {'_entry': None}
-
-    def __deepcopy__(self, memo):
-        return ValueCache()
 
 
 def _same(a: Optional[torch.Tensor], b: Optional[torch.Tensor]) -> bool:
@@ -76,22 +79,15 @@ def _in_pairs(x: torch.Tensor) -> bool:
     return x.stride(-1) == 1 and all(n % 2 == 0 for n in whole)
 
 
-class KernelCache:
+class KernelCache(ValueCache):
     """Keeps what the backends compute from a constant kernel in inference, such as its spectrum.
 
     For the input size of the last call, and where it is not very large.
     """
 
-    def __init__(self) -> None:
-        self._values = ValueCache()
-
-    def clear(self) -> None:
-        """Forgets what is kept."""
-        self._values.clear()
-
     def keep(self, weight: torch.Tensor) -> Optional[Keep]:
         """The argument `keep` of the operations in `ops` for a kernel; None in training and where it cannot be read."""
-        if torch.is_grad_enabled() or not ValueCache.usable((weight,)):
+        if wants_gradients((weight,)) or not self.usable((weight,)):
             return None
         kept = None  # looked up when a backend asks: comparing kernels takes time
 
@@ -100,10 +96,11 @@ class KernelCache:
             if numbers > _MAX_NUMBERS:
                 return compute()
             if kept is None:
-                kept = self._values.get((weight,), dict)
+                kept = self.get((weight,), dict)
             value = kept.get(key)
             if value is None:
-                value = compute()
+                with torch.inference_mode(False), torch.no_grad():
+                    value = compute()
                 kept.clear()
                 kept[key] = value
             return value
@@ -112,11 +109,21 @@ class KernelCache:
 
 
 class DropsCaches(nn.Module):
-    """Mixin of modules with caches: going to train mode empties them, since they may be far larger than parameters."""
+    """Mixin of modules with caches, which may be far larger than parameters.
+
+    Going to train mode empties them, and so does a move or a cast.
+    """
 
     def train(self, mode: bool = True):
         if mode:
-            for value in vars(self).values():
-                if isinstance(value, (KernelCache, ValueCache)):
-                    value.clear()
+            self._drop_caches()
         return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self._drop_caches()
+        return super()._apply(fn, recurse)
+
+    def _drop_caches(self) -> None:
+        for value in vars(self).values():
+            if isinstance(value, ValueCache):
+                value.clear()

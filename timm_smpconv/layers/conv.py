@@ -11,11 +11,17 @@ from torch.nn.utils import skip_init
 
 from .. import ops
 from ..ops.context import is_channels_last, is_exporting, to_float64
-from .cache import DropsCaches, KernelCache, ValueCache
+from .cache import DropsCaches, KernelCache, ValueCache, wants_gradients
 from .kernel import RenderedKernel, SMPKernel
 from .peripheral import PeripheralKernel
 
 __all__ = ['CausalConv1d', 'LargeConv2d', 'PeripheralConv2d', 'PointwiseConv2d', 'SMPConv1d', 'SMPConv2d']
+
+
+def like_module(new: nn.Module, old: nn.Module) -> nn.Module:
+    """A module that takes the place of another, as that one is: in train mode or not, frozen or not."""
+    return new.train(old.training).requires_grad_(any(p.requires_grad for p in old.parameters()))
+
 
 _LONG = 64  # taps from which it pays to look for zeros
 
@@ -64,8 +70,11 @@ class LargeConv2d(DropsCaches, nn.Conv2d):
 
     @torch.jit.unused
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight  # once: a parametrization computes it anew each time
+        if (self.padding_mode, self.stride, self.dilation) != ('zeros', (1, 1), (1, 1)):  # changed since it was made
+            return self._conv_forward(x, weight, self.bias)
         convolve = ops.conv2d if self.groups == 1 else ops.depthwise_conv2d
-        return convolve(x, self.weight, self.bias, self._kept.keep(self.weight))
+        return convolve(x, weight, self.bias, self._kept.keep(weight))
 
 
 @register_notrace_module
@@ -169,7 +178,7 @@ class CausalConv1d(DropsCaches, nn.Conv1d):
     def _reached_taps(self) -> torch.Tensor:
         """The weight, in inference without the leading taps that no point reached when it was rendered."""
         weight = self.weight
-        if weight.shape[2] < _LONG or torch.is_grad_enabled() or not ValueCache.usable((weight,)):
+        if weight.shape[2] < _LONG or wants_gradients((weight,)) or not ValueCache.usable((weight,)):
             return weight
         count = self._num_unreached
         # a hint that is checked: maxima are several times faster than abs or any, and over everything than for each tap
@@ -220,7 +229,7 @@ class _RenderedConv(DropsCaches):
         conv.weight.data = weight
         if bias is not None:
             conv.bias.data = bias.to(weight, copy=True)
-        return conv.train(self.training)
+        return like_module(conv, self)
 
     @torch.jit.unused
     def fuse(self) -> nn.Module:

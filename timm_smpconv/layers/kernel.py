@@ -1,13 +1,14 @@
 """Continuous convolution kernels rendered from self-moving points (SMPConv, CVPR 2023)."""
 
 import math
+import numbers
 from typing import Hashable, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from torch import nn
 
-from ..ops.context import full_precision
-from .cache import DropsCaches, ValueCache
+from ..ops.context import full_precision, is_transformed
+from .cache import DropsCaches, ValueCache, wants_gradients
 from .plain import has_hooks
 
 __all__ = ['RenderedKernel', 'SMPKernel', 'no_weight_decay']
@@ -34,9 +35,10 @@ class RenderedKernel(DropsCaches):
     def for_convolution(self) -> torch.Tensor:
         """The kernel at its own size, as a convolution needs it: rendered as rarely and as short as possible.
 
-        In eval mode without gradients the kernel is rendered once and again when a parameter has changed. Leading taps
-        may be missing, see `render_reached`. Both need the values of the parameters: where they are not at hand
-        (torch.compile, export, tracing) or reading them would wait for a GPU, the whole kernel is rendered each time.
+        In eval mode, where no gradient of a parameter is wanted, the kernel is rendered once and again when a parameter
+        has changed. Leading taps may be missing, see `render_reached`. Both need the values of the parameters: where
+        they are not at hand (torch.compile, export, tracing) or reading them would wait for a GPU, the whole kernel is
+        rendered each time.
 
         Returns:
             Kernel, (out_chs, in_chs, kh, kw), or (out_chs, in_chs, taps) with the last taps if causal. Not to be
@@ -51,15 +53,20 @@ class RenderedKernel(DropsCaches):
         tensors = self.tensors()
         if not ValueCache.usable(tensors) or has_hooks(self) or not self._knows_forward():
             return self()
-        if self.training or torch.is_grad_enabled():
+        if self.training or wants_gradients(tensors):
             return self.render_reached()
         return self._rendered.get(tensors, self.render_reached, self.settings())
 
     def _knows_forward(self) -> bool:
         """Whether `tensors` and `render_reached` are of `forward`, and not of what a subclass has overridden."""
-        names = ('forward', 'tensors', 'render_reached')
-        forward, *others = [next(c for c in type(self).__mro__ if name in vars(c)) for name in names]
-        return all(issubclass(other, forward) or other is RenderedKernel for other in others)
+
+        def owner(name: str) -> type:
+            return next((c for c in type(self).__mro__ if name in vars(c)), RenderedKernel)
+
+        computing = [owner(name) for name in ('forward', 'radius', '_render')]
+        if not all(issubclass(owner('tensors'), cls) for cls in computing):
+            return False
+        return owner('render_reached') is RenderedKernel or issubclass(owner('render_reached'), owner('forward'))
 
     @torch.jit.unused
     def tensors(self) -> Tuple[Optional[torch.Tensor], ...]:
@@ -166,7 +173,8 @@ class SMPKernel(RenderedKernel):
         self.in_chs = in_chs
         self.out_chs = out_chs
         self.ndim = ndim
-        self.kernel_size: List[int] = [kernel_size] * ndim if isinstance(kernel_size, int) else list(kernel_size)
+        sizes = [kernel_size] * ndim if isinstance(kernel_size, numbers.Integral) else kernel_size
+        self.kernel_size: List[int] = [int(k) for k in sizes]
         self._check_size(self.kernel_size)
         self.num_points = num_points
         self.init_radius = radius
@@ -244,13 +252,15 @@ class SMPKernel(RenderedKernel):
     def project(self) -> None:
         """Projects the radii into their range, by changing the offsets in place.
 
-        Does nothing to offsets that are spread over processes (DTensor) or of another special kind: their radii stay
-        within the range all the same, which `radius` sees to.
+        Does nothing to offsets that cannot be changed: under torch.func, spread over processes (DTensor) or of another
+        special kind. Their radii stay within the range all the same, which `radius` sees to.
         """
         if not (self.learn_radius or self.radius_offset.requires_grad):  # frozen, and not unfrozen since
             return
         if not torch.jit.is_scripting():
             offset = self.radius_offset
+            if is_transformed():
+                return
             if type(offset.detach()) is not torch.Tensor or offset.shape != self.base_radius.shape:
                 return
         with torch.no_grad():

@@ -5,6 +5,7 @@ from typing import Callable
 import torch
 from torch import nn
 
+from .cache import wants_gradients
 from .plain import is_plain
 
 __all__ = ['by_parts']
@@ -17,7 +18,7 @@ _MAX_BYTES = 10 * 2**20
 def by_parts(
     module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, numel: int
 ) -> torch.Tensor:
-    """Applies a function to a batch, on a CPU without gradients in parts that keep its largest map small.
+    """Applies a function to a batch, on a CPU where no gradient is wanted in parts that keep its largest map small.
 
     Args:
         module: What the function calls: where a part of it has to see the whole batch, it does.
@@ -28,7 +29,7 @@ def by_parts(
     Returns:
         fn(x).
     """
-    if isinstance(x, torch.Tensor) and x.device.type == 'cpu' and not torch.is_grad_enabled():
+    if isinstance(x, torch.Tensor) and x.device.type == 'cpu' and not wants_gradients((x, *module.parameters())):
         if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             size = max(_MAX_BYTES // (max(numel, 1) * x.element_size()), 1)
             if size < x.shape[0] and is_plain(module):

@@ -14,8 +14,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ..ops.context import is_exporting, is_transformed, to_float64
-from .cache import DropsCaches, ValueCache
-from .conv import CausalConv1d, LargeConv2d, PointwiseConv2d, SMPConv1d, SMPConv2d
+from .cache import DropsCaches, ValueCache, wants_gradients
+from .conv import CausalConv1d, LargeConv2d, PointwiseConv2d, SMPConv1d, SMPConv2d, like_module
 from .kernel import SMPKernel
 from .plain import is_plain
 
@@ -56,7 +56,14 @@ def is_foldable(norm: nn.Module) -> bool:
 
 
 def _scale_shift(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift of a batch norm in eval mode, in float64 so that folding adds no rounding of its own."""
+    """Scale and shift of a batch norm in eval mode, in float64 so that folding adds no rounding of its own.
+
+    Raises:
+        RuntimeError: It has no running statistics.
+    """
+    if norm.running_var is None:
+        raise RuntimeError(f'Only batch norms with running statistics can be folded into a convolution, got {norm}.')
+    _compute_weights(norm)
     scale = (to_float64(norm.running_var) + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = to_float64(norm.weight) * scale
@@ -64,17 +71,10 @@ def _scale_shift(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
     return scale, shift if norm.bias is None else shift + to_float64(norm.bias)
 
 
-def _check_eval(module: nn.Module) -> None:
-    """Checks that a module about to be folded is in eval mode, with all its parts.
-
-    Raises:
-        RuntimeError: It is not.
-    """
-    if any(m.training for m in module.modules()):
-        raise RuntimeError(
-            f'{type(module).__name__} cannot be reparameterized in train mode, where its batch norms use batch '
-            f'statistics: call model.eval() first.'
-        )
+def _compute_weights(module: nn.Module) -> None:
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, _COMPUTING_HOOKS):  # else the weight would be that of the last call
+            hook(module, ())
 
 
 def check_part(module: nn.Module, part: nn.Module, *kinds: Type[nn.Module]) -> None:
@@ -91,9 +91,7 @@ def check_part(module: nn.Module, part: nn.Module, *kinds: Type[nn.Module]) -> N
             f'{" or ".join(kind.__name__ for kind in kinds)}, got {type(part).__name__}. Merge it into what it has '
             f'replaced, or put that back.'
         )
-    for hook in part._forward_pre_hooks.values():
-        if isinstance(hook, _COMPUTING_HOOKS):  # else the weight would be that of the last call
-            hook(part, ())
+    _compute_weights(part)
 
 
 def fold_norm_into_previous(
@@ -119,18 +117,13 @@ def fold_norm_into_next(norm: nn.Module, conv: nn.Module) -> None:
 
 
 def norm_to_conv(norm: nn.Module) -> nn.Module:
-    """A batch norm of maps as a depthwise 1x1 convolution.
-
-    Raises:
-        RuntimeError: It is in train mode.
-    """
-    _check_eval(norm)
+    """A batch norm of maps as a depthwise 1x1 convolution."""
     scale, shift = _scale_shift(norm)
     like = norm.running_var if norm.weight is None else norm.weight
     channels = len(scale)
     conv = skip_init(nn.Conv2d, channels, channels, 1, groups=channels, device=like.device, dtype=like.dtype)
     conv.weight.data, conv.bias.data = scale.to(like).reshape(-1, 1, 1, 1), shift.to(like)
-    return conv.eval()
+    return like_module(conv, norm)
 
 
 class ConvNorm(ConvNormAct):
@@ -140,11 +133,10 @@ class ConvNorm(ConvNormAct):
         """Folds the batch norm into the convolution, in place; does nothing the second time.
 
         Raises:
-            RuntimeError: It is in train mode, or its convolution has been replaced by something else.
+            RuntimeError: Its convolution has been replaced by something else.
         """
         if not isinstance(self.bn, _NORMS_WITH_ACT):
             return
-        _check_eval(self)
         check_part(self, self.conv, nn.Conv2d)
         if type(self.conv).forward not in (nn.Conv2d.forward, PointwiseConv2d.forward):  # it pads or quantises too
             raise RuntimeError(
@@ -156,12 +148,12 @@ class ConvNorm(ConvNormAct):
         dd = dict(device=old.weight.device, dtype=old.weight.dtype)
         settings = dict(stride=old.stride, padding=old.padding, dilation=old.dilation, groups=old.groups)
         if old.kernel_size == (1, 1) and settings == dict(stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-            self.conv = skip_init(PointwiseConv2d, old.in_channels, old.out_channels, **dd)
+            conv = skip_init(PointwiseConv2d, old.in_channels, old.out_channels, **dd)
         else:
-            self.conv = skip_init(nn.Conv2d, old.in_channels, old.out_channels, old.kernel_size, **settings, **dd)
-        self.conv.weight.data, self.conv.bias.data = weight.to(old.weight), bias.to(old.weight)
-        self.bn = norm.act
-        self.eval()
+            settings['padding_mode'] = old.padding_mode
+            conv = skip_init(nn.Conv2d, old.in_channels, old.out_channels, old.kernel_size, **settings, **dd)
+        conv.weight.data, conv.bias.data = weight.to(old.weight), bias.to(old.weight)
+        self.conv, self.bn = like_module(conv, self), norm.act
 
 
 @register_notrace_module
@@ -176,8 +168,8 @@ class AffineNorm(nn.BatchNorm2d):
 class _RepSMPConv(DropsCaches):
     """norm(large(x)) + norm(small(x)): the two-branch block of section 3.4, one convolution once deployed.
 
-    In eval mode without gradients it already computes as one, folded anew when a parameter or statistic has changed;
-    unless a part of it has been replaced, is observed by hooks or is in train mode.
+    In eval mode, where no gradient of a parameter is wanted, it already computes as one, folded anew when a parameter
+    or statistic has changed; unless a part of it has been replaced, is observed by hooks or is in train mode.
     """
 
     def __init__(
@@ -200,10 +192,10 @@ class _RepSMPConv(DropsCaches):
         self._folded = ValueCache()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and not self.training and not torch.is_grad_enabled():
+        if not torch.jit.is_scripting() and not self.training:
             if self._is_foldable():
                 tensors = self._tensors()
-                if ValueCache.usable(tensors) and is_plain(self):
+                if ValueCache.usable(tensors) and not wants_gradients(tensors) and is_plain(self):
                     return self._folded.get(tensors, self._fold_reached, self._settings())(x)
         large, small = self.large(x), self.small(x)
         if not torch.jit.is_scripting() and self._is_faster_as_map(large):
@@ -239,6 +231,7 @@ class _RepSMPConv(DropsCaches):
             type(self.large) in (SMPConv1d, SMPConv2d)
             and type(self.large.kernel) is SMPKernel
             and type(self.small) in (CausalConv1d, LargeConv2d)
+            and self.small.padding_mode == 'zeros'
             and all(type(norm) in _NORMS and is_foldable(norm) for norm in (self.large_norm, self.small_norm))
         )
 
@@ -261,8 +254,8 @@ class _RepSMPConv(DropsCaches):
         """The equivalent plain convolution with a bias: points rendered, norms and small branch folded in.
 
         Raises:
-            RuntimeError: The block is in train mode, has norms that are no batch norms with running statistics, or
-                something else in the place of a convolution.
+            RuntimeError: The block has norms that are no batch norms with running statistics, or something else in the
+                place of a convolution.
         """
         check_part(self, self.large, SMPConv1d, SMPConv2d)
         check_part(self, self.small, CausalConv1d, LargeConv2d)
@@ -272,21 +265,25 @@ class _RepSMPConv(DropsCaches):
                     f'{type(self).__name__} cannot be reparameterized: its norms must be batch norms with running '
                     f'statistics to be folded into a convolution, got {norm}.'
                 )
-        _check_eval(self)
+        if self.small.padding_mode != 'zeros':
+            raise RuntimeError(
+                f'{type(self).__name__} cannot be reparameterized: its small convolution has '
+                f'padding_mode={self.small.padding_mode!r}, the large one pads with zeros.'
+            )
         with torch.no_grad():
-            return self._fold(self.large.kernel())
+            return like_module(self._fold(self.large.kernel()), self)
 
     @torch.jit.unused
     def _fold_reached(self) -> nn.Module:
         # causal kernels without the leading taps that no point reaches: less to fold and to convolve
-        return self._fold(self.large.kernel.render_reached())
+        return self._fold(self.large.kernel.render_reached()).requires_grad_(False)
 
     @torch.jit.unused
     def _fold(self, kernel: torch.Tensor) -> nn.Module:
         weight, bias = fold_norm_into_previous(kernel, self.large.bias, self.large_norm)
         small, small_bias = fold_norm_into_previous(self.small.weight, self.small.bias, self.small_norm)
         total = _add_small(weight, small, causal=kernel.ndim == 3)
-        return self.large.to_conv(total.to(kernel), bias + small_bias).eval()
+        return self.large.to_conv(total.to(kernel), bias + small_bias)
 
 
 def _to_channels_last(x: torch.Tensor) -> torch.Tensor:

@@ -8,28 +8,28 @@ from timm.models import register_notrace_function
 from timm.models._features import feature_take_indices
 from timm.utils import reparameterize_model
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import is_foldable, no_weight_decay, norm_to_conv
+from ..layers import RenderedKernel, is_foldable, no_weight_decay, norm_to_conv
 from ._checkpoint import Rules, convert_reference
 
 __all__ = ['LargeKernelNet', 'check_input', 'check_stages', 'init_weights']
 
 
 @register_notrace_function
-def check_input(x: torch.Tensor, in_chans: int, sequence: bool) -> torch.Tensor:
-    """Returns the input unchanged if its shape fits a network.
+def check_input(x: torch.Tensor, sequence: bool) -> torch.Tensor:
+    """Returns the input unchanged if it has as many dimensions as a network takes; the first layer knows its channels.
 
     Args:
         x: Network input.
-        in_chans: Channels that the network expects.
         sequence: (B, C, L) is allowed beside (B, C, H, W).
 
     Raises:
-        ValueError: A wrong number of dimensions or channels.
+        ValueError: A wrong number of dimensions.
     """
     if not torch.jit.is_scripting():
-        if not (x.ndim == 4 or (sequence and x.ndim == 3)) or x.shape[1] != in_chans:
-            expected = f'(batch, {in_chans}, height, width)' + (f' or (batch, {in_chans}, length)' if sequence else '')
+        if not (x.ndim == 4 or (sequence and x.ndim == 3)):
+            expected = '(batch, channels, height, width)' + (' or (batch, channels, length)' if sequence else '')
             raise ValueError(f'Expected an input of shape {expected}, got {tuple(x.shape)}.')
     return x
 
@@ -58,6 +58,7 @@ def init_weights(module: nn.Module) -> None:
 class LargeKernelNet(nn.Module):
     """Base of all networks: subclasses build `stem`, `stages`, `norm`, `head`, `feature_info` and `num_features`."""
 
+    __jit_unused_properties__ = ['_model_args']
     reference_rules: Rules = ()  # which rename the keys of the reference implementation
     first_layer: Tuple[str, ...] = ()  # keys of the weights (O, I, ...) that see the input
 
@@ -72,6 +73,7 @@ class LargeKernelNet(nn.Module):
             ValueError: A number is out of range.
         """
         super().__init__()
+        self._given_args: Dict[str, Any] = {}
         self.sequence = sequence
         if in_chans < 1:
             raise ValueError(f'in_chans must be positive, got {in_chans}.')
@@ -91,25 +93,36 @@ class LargeKernelNet(nn.Module):
         """Renders all kernels and folds norms, small branches and scales into them, in place.
 
         What is left are plain convolutions, linear layers and activations, with the same outputs up to rounding.
-        Harmless the second time.
+        Harmless the second time. (timm.utils.reparameterize_model folds running statistics in train mode too.)
 
         Returns:
             The model itself.
 
         Raises:
-            RuntimeError: The model is in train mode, or a part of it has been replaced by something else.
+            RuntimeError: The model or one of its norms is in train mode, or a part of it has been replaced by something
+                else.
         """
-        if self.training:  # parts without statistics may be: dropout that goes on in inference
+        # other parts may be: dropout that goes on in inference
+        if self.training or any(m.training and isinstance(m, _BatchNorm) for m in self.modules()):
             raise RuntimeError(
-                f'{type(self).__name__} cannot be reparameterized in train mode: call model.eval() first.'
+                f'{type(self).__name__} cannot be reparameterized in train mode, where batch norms use the statistics '
+                f'of the batch: call model.eval() first.'
             )
         with torch.inference_mode(False):  # the new parameters may be trained
             reparameterize_model(self, inplace=True)
             if is_foldable(self.norm):  # an AffineNorm that was synchronised, or frozen and unfrozen
                 self.norm = norm_to_conv(self.norm)
-        # from which timm builds the network of a folder for the Hub
-        self._model_args = dict(getattr(self, '_model_args', {}), inference_mode=True)
         return self
+
+    @property
+    def _model_args(self) -> Dict[str, Any]:
+        """Arguments from which timm builds the network of a folder for the Hub, in the form that it has now."""
+        rendered = not any(isinstance(m, RenderedKernel) for m in self.modules())
+        return dict(self._given_args, **(dict(inference_mode=True) if rendered else {}))
+
+    @_model_args.setter
+    def _model_args(self, args: Dict[str, Any]) -> None:
+        self._given_args = dict(args)
 
     @torch.jit.ignore
     def convert_checkpoint(self, checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
@@ -205,7 +218,7 @@ class LargeKernelNet(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
         intermediates = []
-        x = self.stem(check_input(x, self.in_chans, self.sequence))
+        x = self.stem(check_input(x, self.sequence))
         for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
             x = stage(x)
             if i in take_indices:
@@ -246,7 +259,7 @@ class LargeKernelNet(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Input to the final, unpooled feature map."""
-        x = check_input(x, self.in_chans, self.sequence)
+        x = check_input(x, self.sequence)
         x = self.stem(x)
         x = self.stages(x)
         return self.norm(x)

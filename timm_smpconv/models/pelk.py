@@ -119,6 +119,7 @@ class PeLKBlock(nn.Module):
             last.weight.data = (to_float64(old.weight.data) * gamma[:, None]).to(old.weight)
             if old.bias is not None:
                 last.bias.data = (to_float64(old.bias.data) * gamma).to(old.weight)
+            last.requires_grad_(old.weight.requires_grad or self.gamma.requires_grad)
             self.mlp.fc2, self.gamma = last.train(self.training), None
         if isinstance(self.conv, PeripheralConv2d):
             self.conv = self.conv.fuse(pos_embed if self.embedded else None)
@@ -141,7 +142,8 @@ class PeLKBlock(nn.Module):
     def _mix(self, x: torch.Tensor, pos_embed: Optional[torch.Tensor]) -> torch.Tensor:
         part = to_fast_format(x[:, : self.num_conv])
         part = self.conv(part, pos_embed) if self.embedded else self.conv(part)
-        return torch.cat([part, x[:, self.num_conv :]], 1)
+        # with nothing to join, the result would be in the contiguous format
+        return part if self.num_conv == x.shape[1] else torch.cat([part, x[:, self.num_conv :]], 1)
 
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
         x = self.mlp(self.norm(x.permute(0, 2, 3, 1)))
@@ -218,12 +220,8 @@ class PeLKStage(nn.Module):
         """Renders the kernels, in place; does nothing the second time.
 
         Raises:
-            RuntimeError: The stage is in train mode, or a part of a block has been replaced by something else.
+            RuntimeError: A part of a block has been replaced by something else.
         """
-        if self.training:
-            raise RuntimeError(
-                f'{type(self).__name__} cannot be reparameterized in train mode: call model.eval() first.'
-            )
         for block in self.blocks:
             block.deploy(None if self.pos_embed is None else self.pos_embed.data)
         self.pos_embed = None

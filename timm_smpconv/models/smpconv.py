@@ -1,5 +1,6 @@
 """SMPConv ImageNet networks: very large depthwise kernels in the RepLKNet layout (paper, section 4.3)."""
 
+import numbers
 from typing import Any, Optional, Sequence, Union
 
 import torch
@@ -247,7 +248,7 @@ class SMPConv(LargeKernelNet):
             raise ValueError(f'points_divisor must be positive, got {points_divisor}.')
         if num_points is None:
             num_points = [max(k * k // points_divisor, 1) for k in kernel_sizes]
-        elif isinstance(num_points, int):
+        elif isinstance(num_points, numbers.Integral):
             num_points = [num_points] * len(depths)
         elif len(num_points) != len(depths):
             raise ValueError(f'num_points must be a number or one per stage ({len(depths)}), got {tuple(num_points)}.')

@@ -356,7 +356,10 @@ def smpconv_seq_pmnist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     height, width = to_2tuple(kwargs.pop('img_size', None) or 28)
     length = height * width
     model_args = dict(kernel_size=length, permutation=np.random.RandomState(0).permutation(length).tolist())
-    return _create_smpconv_seq('smpconv_seq_pmnist', pretrained, **dict(model_args, **kwargs))
+    model = _create_smpconv_seq('smpconv_seq_pmnist', pretrained, **dict(model_args, **kwargs))
+    # what timm would have noted (1.0.31), if the network took img_size
+    model._traits = dict(getattr(model, '_traits', {}), img_size=(height, width))
+    return model
 
 
 @register_model

@@ -72,6 +72,7 @@ def _is_eager(x: torch.Tensor) -> bool:
     return not torch.compiler.is_compiling() and not is_transformed() and type(x.detach()) is torch.Tensor
 
 
+_MAX_KEPT = 2**19  # numbers of the matrices of a shape that are kept
 _Like = Tuple[torch.dtype, torch.device]
 
 
@@ -84,6 +85,10 @@ def _matrices(make: Callable[..., _Matrices], like: torch.Tensor, *sizes: Sequen
     if not _is_eager(like):
         return make(*arguments)
     if like.device.type == 'cuda' and torch.cuda.is_current_stream_capturing():  # values that only a replay computes
+        return make(*arguments)
+    if (
+        sum(4 * n * cyclic for n, cyclic in zip(sizes[0], sizes[1])) > _MAX_KEPT
+    ):  # photographs, perhaps each of another size
         return make(*arguments)
     return _made_once(make, *arguments)
 

@@ -81,9 +81,21 @@ class _Depthwise(torch.autograd.Function):
                 right = [k - 1 - p for k, p in zip(weight.shape[2:], ctx.left)]
                 grad_x = correlate(grad, weight.flip(2, 3), None, right, True)
             if ctx.needs_input_grad[1]:
+                if torch.compiler.is_compiling():  # which would spell the loop out
+                    return grad_x, _weight_grad_at_once(x, grad, weight, ctx.left), None
                 # the map of gradients is the kernel; one image at a time beats batch * channels groups
                 total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
                 for image, kernel in zip(x.to(total.dtype).split(1), grad.to(total.dtype).unbind()):
                     total += correlate(image, kernel.unsqueeze(1), None, ctx.left, True).permute(1, 0, 2, 3)
                 grad_w = total.to(weight.dtype)
         return grad_x, grad_w, None
+
+
+def _weight_grad_at_once(
+    x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor, left: Sequence[int]
+) -> torch.Tensor:
+    """Gradient of a depthwise kernel by one convolution of batch * channels groups."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    images, maps = x.to(dtype).flatten(0, 1).unsqueeze(0), grad.to(dtype).flatten(0, 1).unsqueeze(1)
+    each = F.conv2d(images, maps, padding=list(left), groups=maps.shape[0])[0].unflatten(0, x.shape[:2])
+    return each.sum(0).unsqueeze(1).to(weight.dtype)

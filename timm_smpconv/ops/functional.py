@@ -5,9 +5,10 @@ reach are cut off first.
 """
 
 import contextlib
+import functools
 import importlib.util
 import math
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Hashable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -351,7 +352,7 @@ def _run(
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # there is no autocast on meta
         dtype = torch.get_autocast_dtype(x.device.type)
         if weight.dtype not in (dtype, torch.float64):  # which autocast leaves alone
-            weight, keep = weight.to(dtype), None  # what is kept is that of the kernel before
+            weight, keep = weight.to(dtype), keep and functools.partial(_keep_rounded, keep, dtype)
         if x.dtype != torch.float64:
             x = x.to(dtype)
     if 0 in x.shape[2:]:
@@ -366,6 +367,11 @@ def _run(
     else:
         correlate = _BACKENDS[_forced or choose_backend(x, weight, left, depthwise)]
     return correlate(x, weight, None if bias is None else bias.to(x.dtype), left, depthwise, keep)
+
+
+def _keep_rounded(keep: Keep, dtype: torch.dtype, key: Hashable, numbers: int, compute: Callable[[], Any]) -> Any:
+    """What a kernel's `keep` does for the same kernel rounded to another dtype."""
+    return keep((dtype, key), numbers, compute)
 
 
 def _check(
