@@ -45,7 +45,7 @@ from timm_smpconv.tasks import (
     split,
 )
 from timm_smpconv.train import _mix, _seed, train
-from timm_smpconv.validate import evaluate
+from timm_smpconv.validate import evaluate, validate
 from timm_smpconv.weights import WEIGHTS, bundled_path, training_speakers
 
 RECIPE = Recipe(epochs=2, batch_size=4, val_images=5, lr=1e-3, model_kwargs=dict(dim=6, depth=2))
@@ -951,6 +951,8 @@ def test_other_data_in_the_same_run(data_dir, tmp_path):
 def test_devices_that_cannot_be_used(device, data_dir, tmp_path):
     with pytest.raises(ValueError, match=f'device .*{device}'):
         train(RECIPE, data_dir, tmp_path / 'run', progress=False, device=device)
+    with pytest.raises(ValueError, match=f'device .*{device}'):
+        validate('smpconv_seq_mnist', data_dir, progress=False, device=device)
     with pytest.raises(ValueError, match='recovery_interval'):
         train(RECIPE, data_dir, tmp_path / 'run', progress=False, recovery_interval=-5)
     assert not (tmp_path / 'run').exists()

@@ -158,6 +158,7 @@ def _add_validate(commands: Any) -> None:
         action='store_true',
         help="for the authors' weights of speech and trajectories: normalise each time step as the training data",
     )
+    command.add_argument('--device', default='cpu', help='default: cpu')
     command.add_argument('--confusion', metavar='FILE.png', help='draw which classes are taken for which')
     command.add_argument('--json', action='store_true', help='print a JSON object')
 
@@ -356,7 +357,12 @@ def _validate(args: argparse.Namespace) -> int:
             raise ValueError(f'--confusion draws at most {MAX_CLASSES} classes, {args.model} has {classes}.')
         with _own_weights():
             result = validate(
-                args.model, args.data_dir, args.checkpoint_path, sys.stderr.isatty(), args.step_statistics
+                args.model,
+                args.data_dir,
+                args.checkpoint_path,
+                sys.stderr.isatty(),
+                args.step_statistics,
+                args.device,
             )
         hits, total, (low, high) = result.hits, result.total, result.interval
         accuracy = 100 * hits / total

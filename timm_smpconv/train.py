@@ -36,7 +36,7 @@ from .models.smpconv_seq import change_rate
 from .predict import check_inputs
 from .recipe import Recipe, read_recipe, recipe_text, same_recipe
 from .tasks import TASKS, Task, channel_statistics, heard, signal_input, split, task_of
-from .validate import evaluate
+from .validate import evaluate, usable_device
 from .weights import WeightsError
 
 __all__ = ['check_trainable', 'train']
@@ -375,7 +375,7 @@ def train(
     output = Path(output)
     if recovery_interval < 0:
         raise ValueError(f'recovery_interval must not be negative, got {recovery_interval}.')
-    device = _usable_device(device)
+    device = usable_device(device)
     task = check_trainable(recipe)
     samples, held = split(task.load(data_dir, True), recipe, task)
     recipe_path = output / 'recipe.yaml'
@@ -425,15 +425,6 @@ def _warn_of_heard(run: _Run, held: Samples) -> None:
             len(held),
             ', '.join(run.ancestors),
         )
-
-
-def _usable_device(device: Union[str, torch.device]) -> torch.device:
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        reason = str(e).split('\n')[0]
-        raise ValueError(f'device {str(device)!r} cannot be used: {reason} Expected cpu, or cuda with a GPU.') from e
-    return torch.device(device)
 
 
 def _try_out(run: _Run, task: Task, samples: Samples) -> None:

@@ -21,7 +21,7 @@ from .predict import check_inputs, class_names, load_model
 from .tasks import Task, heard, network_input, stepwise, task_of
 from .weights import design_effect, wilson
 
-__all__ = ['Measurement', 'evaluate', 'predict_classes', 'validate']
+__all__ = ['Measurement', 'evaluate', 'predict_classes', 'usable_device', 'validate']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +131,7 @@ def validate(
     checkpoint_path: Optional[Union[str, Path]] = None,
     progress: bool = True,
     step_statistics: bool = False,
+    device: Union[str, torch.device] = 'cpu',
 ) -> Measurement:
     """Runs a model over its test data.
 
@@ -145,15 +146,17 @@ def validate(
         progress: Show a progress bar.
         step_statistics: Normalise the inputs in each time step, with statistics of the training data in `data_dir`, as
             the authors' speech and trajectory networks want it.
+        device: Device to compute on.
 
     Raises:
-        ValueError: The model is unknown, weights or data do not fit, or an image cannot be read; or step_statistics for
-            a model whose inputs the authors normalise as this package does, or for weights of this package.
+        ValueError: The model or the device is unknown, weights or data do not fit, or an image cannot be read; or
+            step_statistics for a model whose inputs the authors normalise as this package does, or for weights of this
+            package.
         FileNotFoundError: The data are not there.
         WeightsError: The model has no weights.
     """
     check_known(name)
-    task = task_of(name)
+    device, task = usable_device(device), task_of(name)
     if task:
         found = samples = task.load(data_dir, False)
         if found.speakers is not None:
@@ -162,7 +165,7 @@ def validate(
         if not len(samples):
             raise ValueError(f'{data_dir} has no test data for {name}.')
         check_inputs(name, checkpoint_path, step_statistics)
-        model = load_model(name, checkpoint_path)
+        model = load_model(name, checkpoint_path).to(device)
         if step_statistics:
             task = stepwise(task, task.load(data_dir, True))
             model.pretrained_cfg.update(mean=(0.0,), std=(1.0,))
@@ -171,8 +174,22 @@ def validate(
         return Measurement(predictions, samples.labels, class_names(model), left_out, samples.speakers)
     dataset = _image_folder(name, Path(data_dir))
     check_inputs(name, checkpoint_path, step_statistics)
-    model = load_model(name, checkpoint_path)
+    model = load_model(name, checkpoint_path).to(device)
     return Measurement(*_evaluate_images(model, dataset, progress), class_names(model))
+
+
+def usable_device(device: Union[str, torch.device]) -> torch.device:
+    """A device that torch can compute on.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        reason = str(e).split('\n')[0]
+        raise ValueError(f'device {str(device)!r} cannot be used: {reason} Expected cpu, or cuda with a GPU.') from e
+    return torch.device(device)
 
 
 class _Images(ImageDataset):
@@ -219,10 +236,11 @@ def _some(names: List[str]) -> str:
 
 def _evaluate_images(model: nn.Module, dataset: ImageDataset, progress: bool) -> Tuple[torch.Tensor, torch.Tensor]:
     cfg = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+    pixels = 100_000 if next(model.parameters()).device.type == 'cpu' else 6_400_000  # of a batch
     loader = create_loader(
         dataset,
         input_size=cfg['input_size'],
-        batch_size=max(1, 100_000 // math.prod(cfg['input_size'][1:])),
+        batch_size=max(1, pixels // math.prod(cfg['input_size'][1:])),
         interpolation=cfg['interpolation'],
         mean=cfg['mean'],
         std=cfg['std'],
