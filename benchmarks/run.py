@@ -164,32 +164,43 @@ class Case:
     goal: str = ''
 
 
-def op_case(channels: int, size: int, kernel: int, train: bool, goal: str = '', batch: int = 8) -> Case:
-    def make(backend: Optional[str]) -> Callable[[], Run]:
-        def build() -> Run:
-            x = torch.randn(batch, channels, size, size, requires_grad=train)
-            weight = torch.randn(channels, 1, kernel, kernel, requires_grad=train)
-            grad = torch.randn(batch, channels, size, size)
+def convolution(
+    convolve: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    train: bool,
+    backend: Optional[str] = None,
+) -> Run:
+    """A forward pass, or both passes, of a convolution, by a backend of this package if one is named."""
+    x.requires_grad_(train)
+    weight.requires_grad_(train)
+    grad = torch.randn_like(x)
 
-            def run() -> None:
-                with torch.set_grad_enabled(train):
-                    if backend == 'plain':
-                        y = plain_conv2d(x, weight, None, channels)
-                    else:
-                        with ops.use_backend(backend):
-                            y = ops.depthwise_conv2d(x, weight)
-                if train:
-                    x.grad = weight.grad = None
-                    y.backward(grad)
+    def run() -> None:
+        with torch.set_grad_enabled(train), ops.use_backend(backend):
+            y = convolve(x, weight)
+        if train:
+            x.grad = weight.grad = None
+            y.backward(grad)
 
-            return run
+    return run
 
-        return build
 
-    name = f'op-{"train" if train else "infer"}-{channels}x{size}x{size}-k{kernel}-b{batch}'
-    return Case(
-        name, {'plain': make('plain'), 'chosen': make(None), 'direct': make('direct'), 'fft': make('fft')}, goal
-    )
+def op_case(channels: int, size: int, kernel: int, train: bool, goal: str = '') -> Case:
+    def make(convolve: Callable[..., torch.Tensor], backend: Optional[str] = None) -> Run:
+        x = torch.randn(8, channels, size, size)
+        return convolution(convolve, x, torch.randn(channels, 1, kernel, kernel), train, backend)
+
+    def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return plain_conv2d(x, weight, None, channels)
+
+    paths = {
+        'plain': lambda: make(plain),
+        'chosen': lambda: make(ops.depthwise_conv2d),
+        'direct': lambda: make(ops.depthwise_conv2d, 'direct'),
+        'fft': lambda: make(ops.depthwise_conv2d, 'fft'),
+    }
+    return Case(f'op-{"train" if train else "infer"}-{channels}x{size}x{size}-k{kernel}-b8', paths, goal)
 
 
 def model_case(kind: str, name: str, batch: int, goal: str = '', peer: Optional[str] = None, **kwargs) -> Case:
@@ -256,18 +267,7 @@ def gpu_op_case(channels: int, size: int, kernel: int, batch: int, dtype: torch.
     def make(convolve: Callable[..., torch.Tensor], fmt: torch.memory_format, backend: Optional[str] = None) -> Run:
         x = torch.randn(batch, channels, size, size, device='cuda', dtype=dtype).to(memory_format=fmt)
         weight = torch.randn(channels, 1, kernel, kernel, device='cuda', dtype=dtype)
-        x.requires_grad_(train)
-        weight.requires_grad_(train)
-        grad = torch.randn_like(x)
-
-        def run() -> None:
-            with torch.set_grad_enabled(train), ops.use_backend(backend):
-                y = convolve(x, weight)
-            if train:
-                x.grad = weight.grad = None
-                y.backward(grad)
-
-        return run
+        return convolution(convolve, x, weight, train, backend)
 
     def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, weight, padding=kernel // 2, groups=channels)

@@ -29,9 +29,10 @@ class Entry:
 
 
 class Hub:
-    def __init__(self, token='hf_test', user='me'):
-        self.token, self.user = token, user
-        self.repos, self.store, self.log, self.faults = {}, {}, [], []
+    token, user = 'hf_test', 'me'
+
+    def __init__(self):
+        self.repos, self.store, self.faults = {}, {}, []
         self.lock = threading.RLock()
 
     def create(self, repo, private=False):
@@ -67,8 +68,6 @@ class Handler(BaseHTTPRequestHandler):
     server_version = 'minihub'
     routes = [
         ('POST', r'/api/repos/create$', 'create_repo'),
-        ('DELETE', r'/api/repos/delete$', 'delete_repo'),
-        ('GET', r'/api/whoami-v2$', 'whoami'),
         ('POST', r'/api/validate-yaml$', 'validate_yaml'),
         ('POST', rf'/api/models/{REPO}/preupload/(?P<rev>[^/]+)$', 'preupload'),
         ('POST', rf'/{REPO}\.git/info/lfs/objects/batch$', 'lfs_batch'),
@@ -77,9 +76,7 @@ class Handler(BaseHTTPRequestHandler):
         ('GET', r'/_lfs/(?P<oid>[0-9a-f]{64})$', 'lfs_get'),
         ('HEAD', r'/_lfs/(?P<oid>[0-9a-f]{64})$', 'lfs_get'),
         ('POST', rf'/api/models/{REPO}/commit/(?P<rev>[^/]+)$', 'commit'),
-        ('POST', rf'/api/models/{REPO}/paths-info/(?P<rev>[^/]+)$', 'paths_info'),
         ('GET', rf'/api/models/{REPO}/tree/(?P<rev>[^/]+)(?:/(?P<path>.+))?$', 'tree'),
-        ('GET', rf'/api/models/{REPO}/refs$', 'refs'),
         ('GET', rf'/api/models/{REPO}(?:/revision/(?P<rev>[^/]+))?$', 'info'),
         ('GET', rf'/{REPO}/resolve/(?P<rev>[^/]+)/(?P<path>.+)$', 'resolve'),
         ('HEAD', rf'/{REPO}/resolve/(?P<rev>[^/]+)/(?P<path>.+)$', 'resolve'),
@@ -100,9 +97,7 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         self.body = (
-            self.rfile.read(int(self.headers.get('Content-Length') or 0))
-            if self.command in ('POST', 'PUT', 'DELETE')
-            else b''
+            self.rfile.read(int(self.headers.get('Content-Length') or 0)) if self.command in ('POST', 'PUT') else b''
         )
         if self.headers.get('Transfer-Encoding') == 'chunked':
             self.body = self.read_chunked()
@@ -125,7 +120,7 @@ class Handler(BaseHTTPRequestHandler):
                 headers['X-Error-Message'] = e.message
             self.send(e.status, json.dumps({'error': e.message}).encode(), headers)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = dispatch
+    do_GET = do_HEAD = do_POST = do_PUT = dispatch
 
     def read_chunked(self):
         out = b''
@@ -143,24 +138,6 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != 'HEAD':
             self.wfile.write(body)
-        entry = dict(
-            method=self.command,
-            path=self.path,
-            status=status,
-            req=len(self.body),
-            auth=bool(self.headers.get('Authorization')),
-            req_headers={
-                k: self.headers[k]
-                for k in ('Content-Type', 'Accept', 'Range', 'User-Agent', 'Transfer-Encoding', 'Content-Length')
-                if self.headers[k]
-            },
-            resp_headers=headers or {},
-            body=self.body[:300].decode('latin1'),
-            resp=body[:400].decode('latin1') if self.command != 'HEAD' and ctype == 'application/json' else '',
-        )
-        self.hub.log.append(entry)
-        if self.server.logfile:
-            print(json.dumps(entry), file=self.server.logfile, flush=True)
 
     def json(self, obj, status=200, headers=None):
         self.send(status, json.dumps(obj).encode(), headers)
@@ -189,24 +166,7 @@ class Handler(BaseHTTPRequestHandler):
             raise HTTPError(404, 'RevisionNotFound', f'Invalid rev id: {rev}')
         return r, r['commits'][oid]
 
-    def form_or_json(self):  # HfApi.get_paths_info posts a form
-        if self.headers.get('Content-Type', '').startswith('application/json'):
-            return json.loads(self.body)
-        return parse_qs(self.body.decode())
-
     # ---- endpoints
-    def whoami(self):
-        self.need_auth()
-        self.json(
-            {
-                'type': 'user',
-                'name': self.hub.user,
-                'fullname': self.hub.user,
-                'orgs': [],
-                'auth': {'type': 'access_token', 'accessToken': {'role': 'write'}},
-            }
-        )
-
     def create_repo(self):
         self.need_auth()
         p = json.loads(self.body)
@@ -220,14 +180,6 @@ class Handler(BaseHTTPRequestHandler):
             return self.json({'error': 'You already created this model repo', **out}, 409)
         self.hub.create(repo, private=p.get('private') or p.get('visibility') == 'private')
         self.json(out)
-
-    def delete_repo(self):
-        self.need_auth()
-        p = json.loads(self.body)
-        repo = f'{p.get("organization") or self.hub.user}/{p["name"]}'
-        self.get_repo(repo)
-        del self.hub.repos[repo]
-        self.json({})
 
     def validate_yaml(self):
         content = json.loads(self.body)['content']
@@ -346,20 +298,6 @@ class Handler(BaseHTTPRequestHandler):
                 out.append(self.file_info(p, e))
         self.json(out)
 
-    def paths_info(self, repo, rev):
-        _, c = self.get_commit(repo, rev)
-        self.json([self.file_info(p, c['tree'][p]) for p in self.form_or_json().get('paths', []) if p in c['tree']])
-
-    def refs(self, repo):
-        r = self.get_repo(repo)
-        self.json(
-            {
-                'branches': [{'name': n, 'ref': f'refs/heads/{n}', 'targetCommit': o} for n, o in r['refs'].items()],
-                'tags': [],
-                'converts': [],
-            }
-        )
-
     def info(self, repo, rev=None):
         r, c = self.get_commit(repo, rev)
         blobs = 'blobs' in self.query
@@ -413,9 +351,9 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, port=0, hub=None, logfile=None, cdn_base=None):
-        super().__init__(('127.0.0.1', port), Handler)
-        self.hub, self.logfile, self.cdn_base = hub or Hub(), logfile, cdn_base
+    def __init__(self, hub=None):
+        super().__init__(('127.0.0.1', 0), Handler)
+        self.hub, self.cdn_base = hub or Hub(), None
 
     @property
     def url(self):

@@ -72,12 +72,12 @@ def test_card(key, tmp_path):
 def test_card_of_other_weights():
     """A fine-tuned model has no accuracy of ours, and says where it is from."""
     model = timm.create_model('smpconv_seq_mnist', num_classes=3)
-    text = model_card('smpconv_seq_mnist.smnist', model, 'Converted from `a.pth`.', measured=False)
+    text = model_card('smpconv_seq_mnist.smnist', model, 'Converted from `a.pth`.', known=False)
     assert 'Converted from `a.pth`.' in text and '99.50' not in text and 'not been measured' in text
     assert 'does not record what it was trained on' in text and ModelCard(text).data.datasets is None
-    text = model_card('smpconv_cifar.c10', timm.create_model('smpconv_cifar'), 'Converted.', measured=False)
+    text = model_card('smpconv_cifar.c10', timm.create_model('smpconv_cifar'), 'Converted.', known=False)
     assert 'If it was trained on CIFAR-10, the classes are' in text
-    text = model_card('smpconv_cifar.c10', timm.create_model('smpconv_cifar'), 'Converted.', measured=True)
+    text = model_card('smpconv_cifar.c10', timm.create_model('smpconv_cifar'), 'Converted.', known=True)
     assert 'The classes are' in text and ModelCard(text).data.datasets == ['cifar10']
 
 

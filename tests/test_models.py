@@ -12,6 +12,7 @@ from conftest import ALL_MODELS, SMALLER, build, input_size, make_input, measure
 from synth import randomize_norms, relative_error
 from timm.layers import DropPath
 from timm.models import group_parameters
+from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
@@ -49,13 +50,6 @@ SMALL = {
     'smpconv_seq_mnist': dict(depth=2, dim=6, kernel_size=100, num_points=5, radius=0.05),
     'smpconv_seq_pmnist': dict(depth=2, dim=6, num_points=5, radius=0.05),
 }
-
-
-def fill_buffers(model):
-    """What timm.models._manipulate.reinit_non_persistent_buffers does, which the oldest supported timm lacks."""
-    for module in model.modules():
-        if hasattr(module, 'init_non_persistent_buffers'):
-            module.init_non_persistent_buffers()
 
 
 def small_model(name, inference_mode=False, **kwargs):
@@ -509,7 +503,7 @@ def test_meta_device(name, inference_mode, x):
     assert tuple(model(x.to('meta')).shape) == (2, model.num_classes)
     model = model.to_empty(device='cpu')
     model.load_state_dict(source.state_dict())
-    fill_buffers(model)
+    reinit_non_persistent_buffers(model)
     assert torch.equal(model(x), source(x))
 
 
@@ -517,7 +511,7 @@ def test_meta_device(name, inference_mode, x):
 def test_meta_then_reinit_without_weights():
     """What no checkpoint of the authors holds comes back after construction on the meta device."""
     model = timm.create_model('smpconv_seq_pmnist', device='meta').to_empty(device='cpu')
-    fill_buffers(model)
+    reinit_non_persistent_buffers(model)
     wanted = timm.create_model('smpconv_seq_pmnist').stem.permute.permutation
     assert torch.equal(model.stem.permute.permutation, wanted)
 

@@ -139,7 +139,7 @@ def model_card(
     name: str,
     model: nn.Module,
     provenance: Optional[str] = None,
-    measured: bool = True,
+    known: bool = True,
     deployed: bool = False,
     model_kwargs: Optional[Dict[str, Any]] = None,
     license: Optional[str] = None,
@@ -150,7 +150,7 @@ def model_card(
         name: `model.tag`.
         model: The network; its weights are not looked at.
         provenance: Where this file of weights comes from; None for what the table says.
-        measured: The weights are those of the table, so that its accuracy is theirs.
+        known: The weights are those of the table, so that its accuracy is theirs.
         deployed: The repository holds the deployed weights too.
         model_kwargs: Arguments of the network that differ from the model's own.
         license: Licence of the weights, as the Hub names it; None for that of the table if the weights are those of
@@ -163,7 +163,7 @@ def model_card(
     family = _FAMILIES[architecture.partition('_')[0]]
     weights = WEIGHTS.get(name)
     # else it may be a network fine-tuned on anything
-    known = weights is not None and (provenance is None or measured)
+    known = known and weights is not None
     license = license or (known and model.pretrained_cfg.get('license')) or 'unknown'
     shape = ', '.join(str(n) for n in model.pretrained_cfg['input_size'])
     params = sum(p.numel() for p in model.parameters())
@@ -184,7 +184,7 @@ def model_card(
             '',
         ]
     lines += [
-        *_results(architecture, weights, measured, known),
+        *_results(architecture, weights, known),
         *_origin(architecture, weights, provenance, known),
         *_limits(architecture, tag, weights, known),
         '## Licence and citation',
@@ -261,10 +261,10 @@ def _classes(model: nn.Module, tag: str, weights: Optional[Weights], known: bool
     return [f'If it was trained on {weights.trained_on}, the classes are, {order}', '']
 
 
-def _results(architecture: str, weights: Optional[Weights], measured: bool, known: bool) -> List[str]:
+def _results(architecture: str, weights: Optional[Weights], known: bool) -> List[str]:
     if weights is None:
         return ['## Results', '', 'Not measured.', '']
-    if measured and weights.accuracy is not None:
+    if known and weights.accuracy is not None:
         ours = (
             f'- Top-1 accuracy measured by this project with this file, on {_test_data(weights)}: '
             f'{_measured(weights)}, 95 % interval {_interval(weights)}. Command: '

@@ -10,7 +10,7 @@ import shutil
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Union
+from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 import timm
 import torch
@@ -122,13 +122,8 @@ def convert(
     if not isinstance(model, LargeKernelNet):
         raise ValueError(f'Cannot convert {name} with {model_kwargs}: expected arguments of the network itself.')
     model.load_state_dict(fit_checkpoint(checkpoint, model, str(file)))
-    size = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
-    model.pretrained_cfg.update(num_classes=model.num_classes, input_size=size)
-    for key in ('mean', 'std'):  # of a network of other channels, as timm's loaders read them
-        values = model.pretrained_cfg[key]
-        if len(values) not in (1, model.in_chans):
-            model.pretrained_cfg[key] = (statistics.mean(values),) * model.in_chans
     carried = carried_settings(file, model.in_chans, checkpoint)
+    size = _describe_input(model)
     if install and tuple(carried.get('input_size', size)) != size:
         raise ValueError(
             f'{file} is of inputs of size {carried["input_size"]}: only weights for the size of the model, {size}, can '
@@ -180,6 +175,17 @@ def convert(
             with store.lock(name):
                 installed = store.install(name, weights, file.name, source_sha256, by_hand=True)
     return Converted(name, out, installed, sha256)
+
+
+def _describe_input(model: LargeKernelNet) -> Tuple[int, ...]:
+    """Brings the configuration of a network in line with its arguments; returns its input size."""
+    cfg = model.pretrained_cfg
+    size = (model.in_chans, *cfg['input_size'][1:])
+    cfg.update(num_classes=model.num_classes, input_size=size)
+    for key in ('mean', 'std'):  # of a network of other channels, as timm's loaders read them
+        if len(cfg[key]) not in (1, model.in_chans):
+            cfg[key] = (statistics.mean(cfg[key]),) * model.in_chans
+    return size
 
 
 def _check_replaceable(out: Path, file: Path, overwrite: bool) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 import timm
 import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.file_download import HfFileMetadata, repo_folder_name
 from huggingface_hub.utils import (
     EntryNotFoundError,
     GatedRepoError,
@@ -274,6 +274,28 @@ def _hub_file(hub_id: str, filename: str, sha256: Optional[str], cache_dir: Opti
         raise _Unavailable(f'{filename!r} is no file of a repository.')
     repo, _, revision = hub_id.partition('@')
     where = dict(revision=revision or None, cache_dir=cache_dir)
+    path, problem = _cached_file(repo, filename, sha256, where)
+    if path is not None and (sha256 or constants.HF_HUB_OFFLINE):  # nobody has to be asked
+        return path
+    if constants.HF_HUB_OFFLINE:
+        raise _Unavailable(f'{problem}offline (HF_HUB_OFFLINE is set), and {filename} is not in the cache.')
+    try:
+        # answers or fails at once, while hf_hub_download repeats failures for half a minute
+        announced = get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision or None), timeout=TIMEOUT)
+    except Exception as e:  # clients of different versions raise different families of exceptions
+        if path is not None and not isinstance(
+            e, (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError)
+        ):  # a lost connection, too many requests, a proxy that refuses
+            endpoint = without_password(constants.ENDPOINT)
+            _logger.info('%s cannot be reached: using the cached %s.', endpoint, path)
+            return path
+        kind = _NoFile if isinstance(e, EntryNotFoundError) else _Unavailable
+        raise kind(problem + hub_cause(e, repo, filename)) from e
+    return _download_checked(repo, filename, sha256, where, announced, problem)
+
+
+def _cached_file(repo: str, filename: str, sha256: Optional[str], where: Dict[str, Any]) -> Tuple[Optional[Path], str]:
+    """The file in the cache if it is intact, and of the hash that is wanted; else what was wrong, for messages."""
     try:
         cached = try_to_load_from_cache(repo, filename, **where)
     except HFValidationError as e:
@@ -284,49 +306,41 @@ def _hub_file(hub_id: str, filename: str, sha256: Optional[str], cache_dir: Opti
         raise _Unavailable(
             f'the cache of the Hub cannot be read ({one_line(e)}): set HF_HOME to another folder.'
         ) from e
-    path = Path(cached) if isinstance(cached, str) else None
-    damaged = ''  # for the messages
-    if path is not None:
-        try:
-            _check_hub_file(path, _announced_hash(path), None)
-        except _Unreadable:
-            raise
-        except _Unavailable as e:
-            _logger.warning('%s: %s', path, e)
-            damaged = f'The cached file was damaged ({e}) and set aside. '
-            _set_hub_file_aside(path)
-            path = None
-    if path is not None and sha256:
-        if store.file_sha256(path) == sha256:  # nobody has to be asked
-            return path
-        damaged, path = 'The cached file is of another version. ', None
-    if constants.HF_HUB_OFFLINE:
-        if path is not None:
-            return path
-        raise _Unavailable(f'{damaged}offline (HF_HUB_OFFLINE is set), and {filename} is not in the cache.')
-
+    if not isinstance(cached, str):
+        return None, ''
+    path = Path(cached)
     try:
-        # answers or fails at once, while hf_hub_download repeats failures for half a minute
-        announced = get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision or None), timeout=TIMEOUT)
-    except Exception as e:  # clients of different versions raise different families of exceptions
-        if path is not None and not isinstance(
-            e, (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError)
-        ):  # a lost connection, too many requests, a proxy that refuses
-            _logger.info('%s cannot be reached: using the cached %s.', without_password(constants.ENDPOINT), path)
-            return path
-        kind = _NoFile if isinstance(e, EntryNotFoundError) else _Unavailable
-        raise kind(damaged + hub_cause(e, repo, filename)) from e
+        _check_hub_file(path, _announced_hash(path), None)
+    except _Unreadable:
+        raise
+    except _Unavailable as e:
+        _logger.warning('%s: %s', path, e)
+        _set_hub_file_aside(path)
+        return None, f'The cached file was damaged ({e}) and set aside. '
+    if sha256 and store.file_sha256(path) != sha256:
+        return None, 'The cached file is of another version. '
+    return path, ''
 
-    problem: Optional[_Unavailable] = None
+
+def _download_checked(
+    repo: str,
+    filename: str,
+    sha256: Optional[str],
+    where: Dict[str, Any],
+    announced: HfFileMetadata,
+    earlier: str,
+) -> Path:
+    """Downloads a file, once more if what came is not what the server announced or the hash that is wanted."""
     # Xet fetches large pieces before it writes any
     patience = _STALLED if getattr(announced, 'xet_file_data', None) is None else _STALLED_XET
+    problem: Optional[_Unavailable] = None
     for attempt in range(2):
         try:
             path = _download_from_hub(repo, filename, patience, force_download=attempt > 0, **where)
         except _Unavailable:
             raise
         except Exception as e:
-            raise _Unavailable(damaged + hub_cause(e, repo, filename)) from e
+            raise _Unavailable(earlier + hub_cause(e, repo, filename)) from e
         etag = announced.etag or ''
         try:
             _check_hub_file(path, sha256 or (etag if len(etag) == 64 else None), announced.size)
@@ -337,7 +351,7 @@ def _hub_file(hub_id: str, filename: str, sha256: Optional[str], cache_dir: Opti
         else:
             return path
     raise _Unavailable(
-        f'{damaged}Downloaded twice, and damaged both times: {problem} The file on the server is damaged, or not the '
+        f'{earlier}Downloaded twice, and damaged both times: {problem} The file on the server is damaged, or not the '
         f'one that this version of timm_smpconv knows: upgrade the package, or tell the owner of the repository.'
     )
 

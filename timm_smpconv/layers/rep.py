@@ -147,11 +147,11 @@ class ConvNorm(ConvNormAct):
         weight, bias = fold_norm_into_previous(old.weight.data, None if old.bias is None else old.bias.data, norm)
         dd = dict(device=old.weight.device, dtype=old.weight.dtype)
         settings = dict(stride=old.stride, padding=old.padding, dilation=old.dilation, groups=old.groups)
-        if old.kernel_size == (1, 1) and settings == dict(stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-            conv = skip_init(PointwiseConv2d, old.in_channels, old.out_channels, **dd)
-        else:
-            settings['padding_mode'] = old.padding_mode
-            conv = skip_init(nn.Conv2d, old.in_channels, old.out_channels, old.kernel_size, **settings, **dd)
+        pointwise = dict(stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1)
+        make: Type[nn.Conv2d] = PointwiseConv2d
+        if old.kernel_size != (1, 1) or settings != pointwise:
+            make, settings['padding_mode'] = nn.Conv2d, old.padding_mode
+        conv = skip_init(make, old.in_channels, old.out_channels, old.kernel_size, **settings, **dd)
         conv.weight.data, conv.bias.data = weight.to(old.weight), bias.to(old.weight)
         self.conv, self.bn = like_module(conv, self), norm.act
 

@@ -125,6 +125,11 @@ def choose_backend(
         return (_choose_on_gpu if depthwise else _choose_dense_on_gpu)(x, weight, left, trained)
     if device not in ('cpu', 'meta'):  # nothing is known of Fourier transforms elsewhere, in time or in numbers
         return 'direct'
+    return _choose_on_cpu(x, weight, left, depthwise, trained)
+
+
+def _choose_on_cpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], depthwise: bool, trained: bool) -> str:
+    """What `choose_backend` does on a CPU; the batch counts only for kernels, which it shares."""
     batch, out_chs, in_chs = max(x.shape[0], 1), weight.shape[0], weight.shape[1]
     shape, taps = x.shape[2:], weight.shape[2:]
     maps = 2 * out_chs if depthwise else x.shape[1] + out_chs
