@@ -1,5 +1,6 @@
 """Inference on a batch in parts."""
 
+from itertools import chain
 from typing import Callable
 
 import torch
@@ -29,7 +30,7 @@ def by_parts(
     Returns:
         fn(x).
     """
-    if isinstance(x, torch.Tensor) and x.device.type == 'cpu' and not wants_gradients((x, *module.parameters())):
+    if isinstance(x, torch.Tensor) and x.device.type == 'cpu' and not wants_gradients(chain((x,), module.parameters())):
         if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             size = max(_MAX_BYTES // (max(numel, 1) * x.element_size()), 1)
             if size < x.shape[0] and is_plain(module):
