@@ -26,7 +26,7 @@ def documents() -> Dict[Path, str]:
     """Files that are made, with their contents."""
     files = {}
     for name, sections in (
-        ('README.md', {'models': model_table(), 'results': evaluation_table()}),
+        ('README.md', {'models': model_table(), 'results': evaluation_table(brief=True)}),
         ('MODEL_CARD.md', {'results': evaluation_table(), 'files': file_table()}),
     ):
         text = (ROOT / name).read_text()

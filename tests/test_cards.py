@@ -99,7 +99,7 @@ def test_table_is_complete(key):
     assert 0 < weights.paper_accuracy < 100
     if weights.bundled:
         assert weights.size and re.fullmatch('[0-9a-f]{64}', weights.sha256) and weights.logits
-        assert 0 < weights.correct <= weights.tested and weights.test_data and weights.note
+        assert 0 < weights.correct <= weights.tested and weights.test_data and weights.note and weights.why
     else:
         assert weights.correct is None and weights.logits is None
     assert timm.get_pretrained_cfg(key).license == weights.license

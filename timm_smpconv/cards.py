@@ -94,8 +94,12 @@ def model_table() -> str:
     return '\n'.join(lines)
 
 
-def evaluation_table() -> str:
-    """The measured accuracies of the bundled weights, beside those of the paper, as a Markdown table."""
+def evaluation_table(brief: bool = False) -> str:
+    """The measured accuracies of the bundled weights, beside those of the paper, as a Markdown table.
+
+    Args:
+        brief: Say why they differ in a few words.
+    """
     lines = [
         '| weights | test data | measured | 95 % interval | command | paper | why they differ |',
         '|---|---|---|---|---|---|---|',
@@ -106,7 +110,7 @@ def evaluation_table() -> str:
         command = f'`timm-smpconv validate --model {split_model_name_tag(name)[0]} --data data`'
         lines.append(
             f'| {name} | {_test_data(weights)} | {_measured(weights)} | {_interval(weights)} | {command} | '
-            f'{weights.paper_accuracy:.2f} % | {weights.note} |'
+            f'{weights.paper_accuracy:.2f} % | {weights.why if brief else weights.note} |'
         )
     return '\n'.join(lines)
 

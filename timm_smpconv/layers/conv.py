@@ -64,6 +64,7 @@ class LargeConv2d(DropsCaches, nn.Conv2d):
         self._kept = KernelCache()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chs, H, W) -> (B, out_chs, H, W)."""
         if torch.jit.is_scripting():
             return self._conv_forward(x, self.weight, self.bias)
         return self._convolve(x)
@@ -117,6 +118,7 @@ class PointwiseConv2d(nn.Conv2d):
         super().__init__(in_chs, out_chs, 1, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chs, H, W) -> (B, out_chs, H, W)."""
         if torch.jit.is_scripting():
             return self._conv_forward(x, self.weight, self.bias)
         return self._convolve(x)
@@ -165,6 +167,7 @@ class CausalConv1d(DropsCaches, nn.Conv1d):
         self._num_unreached: Optional[int] = None  # leading taps that were zero when last looked at
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chs, L) -> (B, out_chs, L)."""
         if torch.jit.is_scripting():
             return ops.causal_conv1d(x, self.weight, self.bias)
         return self._convolve(x)

@@ -192,6 +192,7 @@ class _RepSMPConv(DropsCaches):
         self._folded = ValueCache()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chs, H, W) or, in 1D, (B, in_chs, L), to out_chs channels of the same size."""
         if not torch.jit.is_scripting() and not self.training:
             if self._is_foldable():
                 tensors = self._tensors()

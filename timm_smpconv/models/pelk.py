@@ -227,6 +227,7 @@ class PeLKStage(nn.Module):
         self.pos_embed = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_dim, H, W) -> (B, dim, H, W), or half of H and W if it reduces the resolution."""
         x = self.downsample(to_fast_format(x))
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():

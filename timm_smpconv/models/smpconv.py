@@ -121,6 +121,7 @@ class Stem(nn.Module):
         return x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chans, H, W) -> (B, dim, H / 4, W / 4)."""
         x = to_fast_format(x)
         if torch.jit.is_scripting() or self.training:
             return self._forward(x)
@@ -176,6 +177,7 @@ class SMPConvStage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_dim, H, W) -> (B, dim, H, W), or half of H and W if it reduces the resolution."""
         x = self.downsample(to_fast_format(x))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
