@@ -169,7 +169,7 @@ def convert(
                 write_text(folder / 'README.md', card)
         installed = None
         if install:
-            if carried and not known:  # beside it there is no config.json
+            if (carried or said) and not known:  # beside it there is no config.json
                 save_tensors(weights, model.state_dict(), {**carried, **said})
                 sha256 = sha256 if out else store.file_sha256(weights)
             with store.lock(name):

@@ -15,15 +15,22 @@ from .cache import DropsCaches, KernelCache, ValueCache, wants_gradients
 from .kernel import RenderedKernel, SMPKernel
 from .peripheral import PeripheralKernel
 
-__all__ = ['CausalConv1d', 'LargeConv2d', 'PeripheralConv2d', 'PointwiseConv2d', 'SMPConv1d', 'SMPConv2d']
+__all__ = [
+    'CausalConv1d',
+    'LargeConv2d',
+    'PeripheralConv2d',
+    'PointwiseConv2d',
+    'SMPConv1d',
+    'SMPConv2d',
+    'like_module',
+]
+
+_LONG = 64  # taps from which it pays to look for zeros
 
 
 def like_module(new: nn.Module, old: nn.Module) -> nn.Module:
     """A module that takes the place of another, as that one is: in train mode or not, frozen or not."""
     return new.train(old.training).requires_grad_(any(p.requires_grad for p in old.parameters()))
-
-
-_LONG = 64  # taps from which it pays to look for zeros
 
 
 @register_notrace_module

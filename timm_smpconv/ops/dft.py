@@ -86,9 +86,8 @@ def _matrices(make: Callable[..., _Matrices], like: torch.Tensor, *sizes: Sequen
         return make(*arguments)
     if like.device.type == 'cuda' and torch.cuda.is_current_stream_capturing():  # values that only a replay computes
         return make(*arguments)
-    if (
-        sum(4 * n * cyclic for n, cyclic in zip(sizes[0], sizes[1])) > _MAX_KEPT
-    ):  # photographs, perhaps each of another size
+    # photographs may all have different sizes
+    if sum(4 * n * cyclic for n, cyclic in zip(sizes[0], sizes[1])) > _MAX_KEPT:
         return make(*arguments)
     return _made_once(make, *arguments)
 
