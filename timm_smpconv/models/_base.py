@@ -89,6 +89,13 @@ class LargeKernelNet(nn.Module):
         self.head = nn.Identity()
 
     @torch.jit.ignore
+    def _finish(self, inference_mode: bool) -> None:
+        """The end of construction: notes what the head takes, and builds the deployed form if that is wanted."""
+        self._note_head()
+        if inference_mode:
+            self.eval().reparameterize().train()
+
+    @torch.jit.ignore
     def reparameterize(self) -> 'LargeKernelNet':
         """Renders all kernels and folds norms, small branches and scales into them, in place.
 

@@ -315,10 +315,8 @@ class PeLK(LargeKernelNet):
         self.head = NormMlpClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=LayerNorm2d, **dd
         )
-        self._note_head()
         self.apply(init_weights)
-        if inference_mode:
-            self.eval().reparameterize().train()
+        self._finish(inference_mode)
 
     @torch.jit.ignore
     def prune_intermediate_layers(

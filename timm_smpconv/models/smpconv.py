@@ -281,10 +281,8 @@ class SMPConv(LargeKernelNet):
         self.num_features = dims[-1]
         self.norm = AffineNorm(self.num_features, **dd)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self._note_head()
         self.apply(init_weights)
-        if inference_mode:
-            self.eval().reparameterize().train()
+        self._finish(inference_mode)
 
 
 def _create_smpconv(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:

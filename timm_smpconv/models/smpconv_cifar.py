@@ -149,12 +149,10 @@ class SMPConvCifar(LargeKernelNet):
         self.stages = nn.Sequential(*stages)
         self.num_features = dims[-1]
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, **dd)
-        self._note_head()
         if num_classes:
             nn.init.kaiming_normal_(self.head.fc.weight)
             nn.init.zeros_(self.head.fc.bias)
-        if inference_mode:
-            self.eval().reparameterize().train()
+        self._finish(inference_mode)
 
     @torch.jit.ignore
     def convert_checkpoint(self, checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:

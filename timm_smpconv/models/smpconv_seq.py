@@ -267,9 +267,7 @@ class SMPConvSeq(LargeKernelNet):
         self.stages = nn.Sequential(*stages)
         self.num_features = dim
         self.head = SequenceHead(dim, num_classes, global_pool, **dd)
-        self._note_head()
-        if inference_mode:
-            self.eval().reparameterize().train()
+        self._finish(inference_mode)
 
     @torch.jit.ignore
     def convert_checkpoint(self, checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
