@@ -23,7 +23,7 @@ import timm_smpconv
 from timm_smpconv._files import save_tensors
 from timm_smpconv.catalog import model_names
 from timm_smpconv.checkpoint import ancestors
-from timm_smpconv.classes import CIFAR10
+from timm_smpconv.classes import CIFAR10, SPEECH_WORDS
 from timm_smpconv.cli import main
 from timm_smpconv.confusion import draw_confusion
 from timm_smpconv.convert import convert
@@ -605,6 +605,72 @@ def test_the_same_recordings_are_left_out_of_any_copy(tmp_path, data):
         assert ancestors(again / 'model.safetensors') == ancestors(again / 'deployed.safetensors') == ancestors(path)
     fresh = train(recipe, tmp_path, tmp_path / 'fresh', progress=False)
     assert ancestors(fresh) == []
+
+
+def test_networks_of_ones_own(tmp_path, capsys):
+    """Fine-tuned to other classes: converted with their names, they predict and are validated from the folder."""
+    kwargs = dict(num_classes=3, dims=(4, 4), kernel_size=5)
+    model = timm.create_model('smpconv_cifar', **kwargs).eval()
+    torch.save(dict(arch='smpconv_cifar', state_dict=model.state_dict()), tmp_path / 'last.pth.tar')
+    for label in ('cat', 'dog', 'owl'):
+        folder = tmp_path / 'photos' / 'val' / label
+        folder.mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 40, 3), np.uint8)).save(folder / f'{i}.png')
+    convert_ = ['convert', tmp_path / 'last.pth.tar', '--model', 'smpconv_cifar', '--num-classes', '3']
+    convert_ += ['--model-kwargs', '{"dims": [4, 4], "kernel_size": 5}', '--out', tmp_path / 'own']
+    for names in (['cat', 'dog'], ['cat', 'dog', 'dog']):
+        status, _, err = run(capsys, *convert_, '--label-names', *names)
+        assert status == 2 and 'Expected 3 different label_names' in err
+    assert run(capsys, *convert_, '--label-names', 'cat', 'dog', 'owl')[0] == 0
+    assert 'The classes are, in this order: cat, dog, owl.' in (tmp_path / 'own' / 'README.md').read_text()
+    own, photos = f'local-dir:{tmp_path / "own"}', sorted((tmp_path / 'photos').rglob('*.png'))
+    status, out, _ = run(capsys, 'predict', '--model', own, *photos, '--json', '--topk', '3')
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model), is_training=False)
+    with torch.no_grad():
+        wanted = model(torch.stack([transform(load_image(path)) for path in photos])).softmax(1)
+    predictions = [entry['predictions'] for entry in json.loads(out)]
+    for entry, row in zip(predictions, wanted):
+        found = {prediction['label']: prediction['probability'] for prediction in entry}
+        assert found == pytest.approx(dict(zip(('cat', 'dog', 'owl'), row.tolist())), abs=1e-4)
+    arguments = ['validate', '--model', own, '--data', tmp_path / 'photos', '--confusion', tmp_path / 'a.png', '--json']
+    status, out, _ = run(capsys, *arguments)
+    result = json.loads(out)
+    hits = sum(entry[0]['label'] == path.parent.name for entry, path in zip(predictions, photos))
+    assert (result['hits'], result['total']) == (hits, 6) and (tmp_path / 'a.png').exists()
+    status, _, err = run(capsys, *arguments, '--checkpoint-path', tmp_path / 'last.pth.tar')
+    assert status == 2 and 'brings its own weights' in err
+    (tmp_path / 'photos' / 'val' / 'emu').mkdir()
+    status, _, err = run(capsys, *arguments)
+    assert status == 2 and 'emu is not a class of local-dir' in err
+    # without names
+    assert run(capsys, *convert_, '--overwrite')[0] == 0
+    status, _, err = run(capsys, *arguments)
+    assert status == 2 and 'does not name its classes: convert it with label_names' in err
+    status, out, _ = run(capsys, 'predict', '--model', own, photos[0], '--json')
+    assert json.loads(out)[0]['predictions'][0]['label'] in ('0', '1', '2')
+    # of somebody else's
+    timm.models.save_for_hf(timm.create_model('resnet18'), tmp_path / 'other', safe_serialization=True)
+    for name, message in (('other', 'is a resnet18: expected one of'), ('absent', 'has no config.json')):
+        for command in (['predict', photos[0]], ['validate', '--data', tmp_path / 'photos']):
+            status, _, err = run(capsys, *command, '--model', f'local-dir:{tmp_path / name}')
+            assert status == 2 and message in err and err.count('\n') == 1
+
+
+def test_speech_networks_of_ones_own(tmp_path, data, capsys):
+    name = 'smpconv_seq_speech'
+    folder = convert(bundled_path('smpconv_seq_speech.sc'), name, tmp_path / 'folder').folder
+    own = validate(name, data, bundled_path('smpconv_seq_speech.sc'), progress=False)
+    assert torch.equal(validate(f'local-dir:{folder}', data, progress=False).predictions, own.predictions)
+    status, out, _ = run(
+        capsys,
+        'predict',
+        '--model',
+        f'local-dir:{folder}',
+        *sorted((DIGITS.parent / 'words').glob('*.wav'))[:2],
+        '--json',
+    )
+    assert status == 0 and json.loads(out)[0]['predictions'][0]['label'] in SPEECH_WORDS
 
 
 def test_validate_counts(tmp_path, data):

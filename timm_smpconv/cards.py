@@ -256,11 +256,12 @@ def _use(model: nn.Module, tag: str, repo: str, family: _Family) -> List[str]:
 
 
 def _classes(model: nn.Module, tag: str, weights: Optional[Weights], known: bool) -> List[str]:
-    classes = CLASS_NAMES.get(tag, ())
+    own = model.pretrained_cfg.get('label_names')
+    classes = own or CLASS_NAMES.get(tag, ())
     if len(classes) != model.num_classes:
         return []
     order = f'in this order: {", ".join(classes)}.'
-    if known or weights is None:
+    if known or own or weights is None:
         return [f'The classes are, {order}', '']
     return [f'If it was trained on {weights.trained_on}, the classes are, {order}', '']
 

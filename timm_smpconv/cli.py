@@ -12,6 +12,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import timm
 import torch
+from timm.models import parse_model_name
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -19,6 +20,7 @@ from .catalog import ModelInfo, check_known, describe_models
 from .confusion import MAX_CLASSES, draw_confusion
 from .convert import convert
 from .data import DATA_SETS, prepare
+from .factory import architecture_of
 from .predict import FileResult, check_inputs, check_takes_files, load_model, predict_files
 from .publish import push, verify
 from .recipe import Recipe, field_texts, read_recipe
@@ -142,7 +144,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument('--model', default=_DEFAULT_MODEL, metavar='NAME', help=f'default: {_DEFAULT_MODEL}')
+    command.add_argument(
+        '--model',
+        default=_DEFAULT_MODEL,
+        metavar='NAME',
+        help=f'of this package (default: {_DEFAULT_MODEL}), hf-hub:ORG/NAME or local-dir:FOLDER',
+    )
     command.add_argument('--checkpoint-path', metavar='FILE', help="weights to use in place of the model's own")
 
 
@@ -232,6 +239,7 @@ def _add_convert(commands: Any) -> None:
     command.add_argument('--overwrite', action='store_true', help='replace the folder of an earlier conversion')
     command.add_argument('--license', metavar='ID', help='licence of the weights for the card, as the Hub names it')
     command.add_argument('--num-classes', type=_positive, metavar='N', help="classes, where not the model's own number")
+    command.add_argument('--label-names', nargs='+', metavar='NAME', help="their names, where not the model's own")
     command.add_argument('--model-kwargs', type=_keywords, default={}, metavar='JSON', help='arguments of the model')
 
 
@@ -282,9 +290,8 @@ def _positive(text: str) -> int:
 
 def _predict(args: argparse.Namespace) -> int:
     with _user_errors(ValueError):
-        check_known(args.model)
-        check_takes_files(args.model, args.invert)
         with _own_weights():
+            check_takes_files(args.model, args.invert)
             check_inputs(args.model, args.checkpoint_path)
             model = load_model(args.model, args.checkpoint_path)
     results: List[FileResult] = []
@@ -351,11 +358,10 @@ def _row(info: ModelInfo) -> List[str]:
 
 def _validate(args: argparse.Namespace) -> int:
     with _user_errors(ValueError, OSError):
-        check_known(args.model)
-        classes = timm.get_pretrained_cfg(args.model).num_classes
-        if args.confusion and classes > MAX_CLASSES:
-            raise ValueError(f'--confusion draws at most {MAX_CLASSES} classes, {args.model} has {classes}.')
         with _own_weights():
+            classes = timm.get_pretrained_cfg(architecture_of(args.model)).num_classes
+            if args.confusion and classes > MAX_CLASSES and not parse_model_name(args.model)[0]:
+                raise ValueError(f'--confusion draws at most {MAX_CLASSES} classes, {args.model} has {classes}.')
             result = validate(
                 args.model,
                 args.data_dir,
@@ -420,6 +426,7 @@ def _convert(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             model_kwargs=kwargs,
             license=args.license,
+            label_names=args.label_names,
         )
     print(f'{result.name}: sha256 {result.sha256}')
     for path in (result.folder, result.installed):

@@ -10,7 +10,7 @@ import shutil
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -69,6 +69,7 @@ def convert(
     overwrite: bool = False,
     model_kwargs: Optional[Dict[str, Any]] = None,
     license: Optional[str] = None,
+    label_names: Optional[Sequence[str]] = None,
 ) -> Converted:
     """Converts a checkpoint: of the authors' code, of timm's train.py, or of this package.
 
@@ -87,6 +88,8 @@ def convert(
         model_kwargs: Arguments of the network that differ from the model's own, such as num_classes.
         license: Licence of the weights for the card, as the Hub names it; None for that of the table if they are in
             it, else 'unknown'.
+        label_names: Names of the classes in the order of the outputs, where they are not the model's own: of folders of
+            images, sorted.
 
     Returns:
         Where the results are.
@@ -101,8 +104,10 @@ def convert(
     model_kwargs = dict(model_kwargs or {})
     if out is None and not install:
         raise ValueError('Nothing to do: expected a folder (out), install=True, or both.')
-    if out is None and (deployed or overwrite or license):
-        raise ValueError('deployed, overwrite and license are of a folder: give one (out), or leave them out.')
+    if out is None and (deployed or overwrite or license or label_names):
+        raise ValueError(
+            'deployed, overwrite, license and label_names are of a folder: give one (out), or leave them out.'
+        )
     if install and model_kwargs:
         raise ValueError(
             f'Only the standard form of a model can be installed as pretrained weights, got {model_kwargs}: give a '
@@ -124,6 +129,12 @@ def convert(
     model.load_state_dict(fit_checkpoint(checkpoint, model, str(file)))
     carried = carried_settings(file, model.in_chans, checkpoint)
     size = _describe_input(model)
+    if label_names:
+        if len(set(label_names)) != len(label_names) or len(label_names) != model.num_classes:
+            raise ValueError(
+                f'Expected {model.num_classes} different label_names, as many as classes, got {list(label_names)}.'
+            )
+        model.pretrained_cfg['label_names'] = list(label_names)
     if install and tuple(carried.get('input_size', size)) != size:
         raise ValueError(
             f'{file} is of inputs of size {carried["input_size"]}: only weights for the size of the model, {size}, can '

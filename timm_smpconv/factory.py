@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Union
 
 import timm
-from timm.models import parse_model_name
+from timm.models import parse_model_name, split_model_name_tag
 from torch import nn
 
 from ._text import one_line
+from .catalog import check_known, model_names
 from .fetch import from_hub, hub_file
 from .weights import WeightsError
 
-__all__ = ['check_config', 'create_model']
+__all__ = ['architecture_of', 'check_config', 'create_model', 'read_config']
 
 _LARGEST = 1 << 20  # taps, channels or pixels in a configuration: more would fill the memory
 
@@ -40,18 +41,11 @@ def create_model(
         ValueError: The name has an unknown prefix, or nothing after it.
     """
     source, model_id = parse_model_name(model_name)
-    if source == 'hf-hub':
-        folder = hub_file(model_id, 'config.json', cache_dir).parent
-        if pretrained:
-            from_hub(model_id, cache_dir=cache_dir, what=model_name)
-    elif source == 'local-dir':
-        folder = Path(model_id)
-        if not (folder / 'config.json').is_file():
-            raise WeightsError(
-                f'Cannot load {model_name}: {folder} has no config.json. Make it with timm-smpconv convert.'
-            )
-    else:
+    if not source:
         return timm.create_model(model_name, pretrained=pretrained, cache_dir=cache_dir, **kwargs)
+    folder = _config_file(model_name, cache_dir).parent
+    if source == 'hf-hub' and pretrained:
+        from_hub(model_id, cache_dir=cache_dir, what=model_name)
     check_config(folder / 'config.json', model_name)
     try:
         # on the Hub too: config and weights lie in one folder of the cache now
@@ -66,6 +60,44 @@ def create_model(
     if source == 'hf-hub':
         model.pretrained_cfg.update(source='hf-hub', hf_hub_id=model_id, file=None)
     return model
+
+
+def architecture_of(name: str) -> str:
+    """The model of this package that a name stands for.
+
+    Args:
+        name: `model`, `model.tag`, `hf-hub:ORG/NAME` or `local-dir:FOLDER`.
+
+    Raises:
+        ValueError: It is of no model of this package.
+        WeightsError: The source has no usable configuration.
+    """
+    if parse_model_name(name)[0]:
+        architecture = read_config(name)['architecture']
+        if architecture not in model_names():
+            raise ValueError(f'{name} is a {architecture}: expected one of {", ".join(model_names())}.')
+        return architecture
+    check_known(name)
+    return split_model_name_tag(name)[0]
+
+
+def read_config(name: str) -> Dict[str, Any]:
+    """The config.json of `hf-hub:ORG/NAME` or `local-dir:FOLDER`, checked.
+
+    Raises:
+        WeightsError: The source has no usable configuration.
+    """
+    return check_config(_config_file(name), name)
+
+
+def _config_file(name: str, cache_dir: Optional[Union[str, Path]] = None) -> Path:
+    source, model_id = parse_model_name(name)
+    if source == 'hf-hub':
+        return hub_file(model_id, 'config.json', cache_dir)
+    file = Path(model_id) / 'config.json'
+    if not file.is_file():
+        raise WeightsError(f'Cannot load {name}: {file.parent} has no config.json. Make it with timm-smpconv convert.')
+    return file
 
 
 def check_config(path: Path, what: str) -> Dict[str, Any]:

@@ -11,12 +11,12 @@ import timm
 import torch
 from PIL import Image, ImageCms, ImageOps
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
-from timm.models import split_model_name_tag
+from timm.models import parse_model_name, split_model_name_tag
 from torch import nn
 
 from ._text import one_line
 from .audio import load_second
-from .catalog import check_known, model_names
+from .catalog import model_names
 from .checkpoint import (
     CheckpointError,
     carried_settings,
@@ -25,6 +25,7 @@ from .checkpoint import (
     records_settings,
 )
 from .classes import CLASS_NAMES
+from .factory import architecture_of, create_model
 from .fetch import weights_file
 from .tasks import TASKS, network_input, task_of
 
@@ -79,12 +80,13 @@ def check_takes_files(name: str, invert: bool = False) -> None:
     """Checks that a known model classifies files: images or sounds.
 
     Args:
-        name: Model.
+        name: Model, of this package or `hf-hub:ORG/NAME` or `local-dir:FOLDER`.
         invert: Dark and light are to be swapped, which sounds do not have.
 
     Raises:
-        ValueError: It classifies other series, or has nothing to invert.
+        ValueError: It is unknown, classifies other series, or has nothing to invert.
     """
+    name = architecture_of(name)
     channels, height, steps = _input_size(name)
     task = task_of(name)
     if height > 1:
@@ -108,16 +110,18 @@ def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None) ->
     """Builds a model with its weights, in deployed form and eval mode.
 
     Args:
-        name: `name` or `name.tag` of a model of this package.
+        name: `name` or `name.tag` of a model of this package, `hf-hub:ORG/NAME` or `local-dir:FOLDER`.
         checkpoint_path: Weights to use in place of the model's own: of this package, deployed or not, or the authors'.
 
     Raises:
         ValueError: The model is unknown, or the checkpoint cannot be loaded.
         RuntimeError: The model has no weights.
     """
-    check_known(name)
+    architecture_of(name)
     if checkpoint_path is None:
-        return timm.create_model(name, pretrained=True, inference_mode=True).eval()
+        return create_model(name, pretrained=True, inference_mode=True).eval()
+    if parse_model_name(name)[0]:
+        raise ValueError(f'{name} brings its own weights: leave out checkpoint_path, or name the model alone.')
     path = Path(checkpoint_path)
     if not path.is_file():
         raise ValueError(f'No checkpoint at {path}: expected a file of weights (.safetensors, .pth, .pt ...).')
@@ -154,7 +158,7 @@ def check_inputs(name: str, checkpoint_path: Optional[Union[str, Path]] = None, 
         ValueError: `step_statistics` for a model of other data, or for weights of this package's training.
         WeightsError: The model's own weights cannot be had.
     """
-    task = task_of(name)
+    task = task_of(architecture_of(name))
     if task is None or not task.stepwise:
         if step_statistics:
             fitting = ', '.join(known for known, task in TASKS.items() if task.stepwise)
@@ -183,6 +187,8 @@ def check_inputs(name: str, checkpoint_path: Optional[Union[str, Path]] = None, 
 def class_names(model: nn.Module) -> List[str]:
     """Names of a model's classes: their indices if nothing better is known."""
     cfg = model.pretrained_cfg
+    if len(cfg.get('label_names') or ()) == model.num_classes:  # of somebody's own data
+        return list(cfg['label_names'])
     if cfg.get('tag') == 'in1k' and model.num_classes == 1000:
         return ImageNetInfo().label_descriptions()
     names = CLASS_NAMES.get(cfg.get('tag'), ())

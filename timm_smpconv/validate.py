@@ -9,13 +9,14 @@ import timm
 import torch
 from PIL import Image
 from timm.data import ImageDataset, ImageNetInfo, create_loader, resolve_data_config
+from timm.models import parse_model_name
 from torch import nn
 from tqdm import tqdm
 
-from .catalog import check_known
 from .checkpoint import ancestors
 from .classes import CLASS_NAMES
 from .data import Samples
+from .factory import architecture_of, read_config
 from .fetch import weights_file
 from .predict import check_inputs, class_names, load_model
 from .tasks import Task, heard, network_input, stepwise, task_of
@@ -139,7 +140,7 @@ def validate(
     that part are left out for them, and for weights that say that they began with these or were taught by them.
 
     Args:
-        name: `name` or `name.tag` of a model of this package.
+        name: `name` or `name.tag` of a model of this package, `hf-hub:ORG/NAME` or `local-dir:FOLDER`.
         data_dir: What `timm-smpconv data` made; for ImageNet and CIFAR-10 a folder of class folders, or one that holds
             it as test, val, validation or cifar10/test.
         checkpoint_path: Weights to use in place of the model's own.
@@ -155,8 +156,7 @@ def validate(
         FileNotFoundError: The data are not there.
         WeightsError: The model has no weights.
     """
-    check_known(name)
-    device, task = usable_device(device), task_of(name)
+    device, task = usable_device(device), task_of(architecture_of(name))
     if task:
         found = samples = task.load(data_dir, False)
         if found.speakers is not None:
@@ -206,9 +206,16 @@ class _Images(ImageDataset):
 
 
 def _image_folder(name: str, root: Path) -> ImageDataset:
-    cfg = timm.get_pretrained_cfg(name)
-    known: List[str] = list(CLASS_NAMES.get(cfg.tag, ())) or ImageNetInfo().label_names()
-    choices = ('cifar10/test',) * (cfg.tag in CLASS_NAMES) + ('test', 'val', 'validation', '')
+    tag = timm.get_pretrained_cfg(architecture_of(name)).tag
+    known: List[str] = list(CLASS_NAMES.get(tag, ())) or ImageNetInfo().label_names()
+    if parse_model_name(name)[0]:
+        config = read_config(name)
+        own = config.get('label_names') or config.get('pretrained_cfg', {}).get('label_names')
+        if own or config.get('num_classes') != len(known):
+            if not own:
+                raise ValueError(f'{name} does not name its classes: convert it with label_names.')
+            tag, known = '', [str(label) for label in own]
+    choices = ('cifar10/test',) * (tag in CLASS_NAMES) + ('test', 'val', 'validation', '')
     indices: Dict[str, int] = {label: i for i, label in enumerate(known)}
     for folder in (root / choice for choice in choices):
         if not folder.is_dir():
@@ -226,7 +233,7 @@ def _image_folder(name: str, root: Path) -> ImageDataset:
     raise FileNotFoundError(
         f'No test images under {root}: expected one folder for each class ({_some(known)}) in it or in its folder '
         f'{", ".join(choice for choice in choices if choice)}.'
-        + (' For CIFAR-10: timm-smpconv data cifar10 DIR.' if cfg.tag in CLASS_NAMES else '')
+        + (' For CIFAR-10: timm-smpconv data cifar10 DIR.' if tag in CLASS_NAMES else '')
     )
 
 
