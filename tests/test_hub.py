@@ -8,6 +8,7 @@ import sys
 import pytest
 import servers
 import torch
+from datasets import write_trajectories
 from failures import _HUB, MODEL, NAME, ROWS, cached_weights, make_folder, publish, run_client, run_row
 from minihub import Entry
 from safetensors.torch import load_file, save, save_file
@@ -218,6 +219,8 @@ def test_push_of_other_weights(folder, tmp_path):
         command(environment, 'push', with_deployed, '--repo', repo)
         assert 'deployed.safetensors' in published()
         assert 'logits, deployed' in command(environment, 'verify', repo)
+        data = write_trajectories(tmp_path / 'data')
+        assert f'hf-hub:{repo}: ' in command(environment, 'validate', '--model', f'hf-hub:{repo}', '--data', data)
         command(environment, 'push', folder, '--repo', repo)
         assert 'deployed.safetensors' not in published()
         card = published()['README.md'].data.decode()

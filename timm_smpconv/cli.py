@@ -51,12 +51,13 @@ def _user_errors(*types: type, join: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_weights() -> Iterator[None]:
+def _own_weights(name: str) -> Iterator[None]:
     """Adds to the failures of a model's own weights what this command line can do about them."""
     try:
         yield
     except WeightsError as e:
-        raise _CommandError(_one_line(f'{e} On this command line: --checkpoint-path PATH.')) from e
+        advice = '' if parse_model_name(name)[0] else ' On this command line: --checkpoint-path PATH.'
+        raise _CommandError(_one_line(f'{e}{advice}')) from e
 
 
 def _one_line(text: str) -> str:
@@ -290,7 +291,7 @@ def _positive(text: str) -> int:
 
 def _predict(args: argparse.Namespace) -> int:
     with _user_errors(ValueError):
-        with _own_weights():
+        with _own_weights(args.model):
             check_takes_files(args.model, args.invert)
             check_inputs(args.model, args.checkpoint_path)
             model = load_model(args.model, args.checkpoint_path)
@@ -358,7 +359,7 @@ def _row(info: ModelInfo) -> List[str]:
 
 def _validate(args: argparse.Namespace) -> int:
     with _user_errors(ValueError, OSError):
-        with _own_weights():
+        with _own_weights(args.model):
             classes = timm.get_pretrained_cfg(architecture_of(args.model)).num_classes
             if args.confusion and classes > MAX_CLASSES and not parse_model_name(args.model)[0]:
                 raise ValueError(f'--confusion draws at most {MAX_CLASSES} classes, {args.model} has {classes}.')
