@@ -86,9 +86,9 @@ def check_takes_files(name: str, invert: bool = False) -> None:
     Raises:
         ValueError: It is unknown, classifies other series, or has nothing to invert.
     """
-    name = architecture_of(name)
-    channels, height, steps = _input_size(name)
-    task = task_of(name)
+    architecture = architecture_of(name)
+    channels, height, steps = _input_size(architecture)
+    task = task_of(architecture)
     if height > 1:
         return
     if task is None or not task.sound:
