@@ -289,3 +289,13 @@ def test_compiled_training():
         grads.append({key: p.grad.clone() for key, p in model.named_parameters()})
     largest = max(grad.abs().max() for grad in grads[0].values())
     assert all((grads[1][key] - grad).abs().max() <= 1e-5 * largest for key, grad in grads[0].items())
+
+
+@torch.no_grad()
+def test_blocks_that_convolve_all_channels():
+    """Nothing is joined then, which would leave the channels_last format."""
+    model = timm.create_model('pelk_tiny', depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), conv_ratio=1.0).eval()
+    formats = []
+    model.stages[0].blocks[0].norm.register_forward_pre_hook(lambda m, args: formats.append(args[0].is_contiguous()))
+    assert model(torch.randn(2, 3, 64, 64)).isfinite().all()
+    assert formats == [True]  # of maps whose channels are the last dimension

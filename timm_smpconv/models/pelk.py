@@ -41,7 +41,7 @@ _PAPER = dict(
 class PeLKBlock(nn.Module):
     """ConvNeXt block on a partial peripheral convolution: x + drop_path(gamma * mlp(norm(cat(conv(x[:g]), x[g:]))))."""
 
-    __constants__ = ['embedded', 'num_conv']
+    __constants__ = ['dim', 'embedded', 'num_conv']
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class PeLKBlock(nn.Module):
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.embedded = embedded
+        self.embedded, self.dim = embedded, dim
         self.num_conv = max(int(dim * conv_ratio), 1)
         self.hidden_dim = int(dim * mlp_ratio)
         self.conv = PeripheralConv2d(
@@ -142,8 +142,9 @@ class PeLKBlock(nn.Module):
     def _mix(self, x: torch.Tensor, pos_embed: Optional[torch.Tensor]) -> torch.Tensor:
         part = to_fast_format(x[:, : self.num_conv])
         part = self.conv(part, pos_embed) if self.embedded else self.conv(part)
-        # with nothing to join, the result would be in the contiguous format
-        return part if self.num_conv == x.shape[1] else torch.cat([part, x[:, self.num_conv :]], 1)
+        if self.num_conv == self.dim:  # with nothing to join, the result would be in the contiguous format
+            return part
+        return torch.cat([part, x[:, self.num_conv :]], 1)
 
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
         x = self.mlp(self.norm(x.permute(0, 2, 3, 1)))
