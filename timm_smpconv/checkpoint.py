@@ -7,7 +7,7 @@ import pickle
 import threading
 import zipfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 import timm
@@ -19,10 +19,12 @@ from torch import nn
 from ._files import read_metadata
 from ._text import one_line
 from .catalog import model_names
-from .models._base import LargeKernelNet
-from .models._checkpoint import unwrap_checkpoint
+from .layout import unwrap_checkpoint
 from .store import file_sha256
 from .weights import WEIGHTS, WeightsError
+
+if TYPE_CHECKING:  # models load their weights through this module
+    from .models._base import LargeKernelNet
 
 __all__ = [
     'DEPLOYED_FILE',
@@ -121,7 +123,7 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
 
 def fit_checkpoint(
     checkpoint: Dict[str, Any],
-    model: LargeKernelNet,
+    model: 'LargeKernelNet',
     what: str,
     adapt: Optional[Callable[[Dict[str, torch.Tensor]], Dict[str, torch.Tensor]]] = None,
 ) -> Dict[str, torch.Tensor]:

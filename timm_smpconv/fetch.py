@@ -35,7 +35,7 @@ from ._text import one_line, without_password
 from .catalog import full_name, weights_names
 from .checkpoint import FLOATS, WEIGHTS_FILE, CheckpointError, fit_checkpoint, read_checkpoint
 from .download import TIMEOUT, DownloadError, download
-from .models._checkpoint import unwrap_checkpoint
+from .layout import unwrap_checkpoint
 from .weights import WEIGHTS, WeightsError, bundled_path, hub_repo
 
 __all__ = ['from_hub', 'hub_cause', 'hub_file', 'locate', 'weights_file']

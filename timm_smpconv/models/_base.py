@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import RenderedKernel, is_foldable, no_weight_decay, norm_to_conv
-from ._checkpoint import Rules, convert_reference
+from ..layout import Rules, convert_reference
 
 __all__ = ['LargeKernelNet', 'check_input', 'check_stages', 'init_weights']
 

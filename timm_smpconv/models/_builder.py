@@ -8,10 +8,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
+from ..checkpoint import carried_settings, check_architecture, read_checkpoint
+from ..fetch import locate
 from ..layers import no_weight_decay
+from ..layout import adapt_input_channels
 from ..weights import WEIGHTS, bundled_path
 from ._base import LargeKernelNet
-from ._checkpoint import adapt_input_channels
 
 __all__ = ['build', 'cfg', 'checkpoint_filter_fn', 'imagenet_cfg', 'small_cfg']
 
@@ -151,9 +153,6 @@ def _read_weights(
     Returns:
         Checkpoint, None if timm loads it itself; mean and std, as far as the file says them.
     """
-    from ..checkpoint import carried_settings, check_architecture, read_checkpoint  # which, like fetch, know models
-    from ..fetch import locate
-
     key = f'{variant}.{cfg.get("tag") or ""}'.rstrip('.')
     file = locate(key, cfg, cache_dir)
     if file is None:
