@@ -12,6 +12,7 @@ from torch.nn.utils import skip_init
 from .. import ops
 from ..ops.context import is_channels_last, is_exporting, to_float64
 from .cache import DropsCaches, KernelCache, ValueCache, wants_gradients
+from .folding import like_module
 from .kernel import RenderedKernel, SMPKernel
 from .peripheral import PeripheralKernel
 
@@ -22,15 +23,9 @@ __all__ = [
     'PointwiseConv2d',
     'SMPConv1d',
     'SMPConv2d',
-    'like_module',
 ]
 
 _LONG = 64  # taps from which it pays to look for zeros
-
-
-def like_module(new: nn.Module, old: nn.Module) -> nn.Module:
-    """A module that takes the place of another, as that one is: in train mode or not, frozen or not."""
-    return new.train(old.training).requires_grad_(any(p.requires_grad for p in old.parameters()))
 
 
 @register_notrace_module

@@ -4,126 +4,20 @@ from typing import Hashable, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, ConvNormAct, FrozenBatchNormAct2d, SyncBatchNormAct
+from timm.layers import ConvNormAct
 from timm.models import register_notrace_module
 from torch import nn
 from torch.nn.utils import skip_init
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
-from torchvision.ops.misc import FrozenBatchNorm2d
 
-from ..ops.context import is_exporting, is_transformed, to_float64
+from ..ops.context import is_exporting, is_transformed
 from .cache import DropsCaches, ValueCache, wants_gradients
-from .conv import CausalConv1d, LargeConv2d, PointwiseConv2d, SMPConv1d, SMPConv2d, like_module
+from .conv import CausalConv1d, LargeConv2d, PointwiseConv2d, SMPConv1d, SMPConv2d
+from .folding import check_part, like_module
 from .kernel import SMPKernel
+from .norm import NORMS, NORMS_WITH_ACT, SequenceNorm, fold_norm_into_previous, is_foldable
 from .plain import is_plain
 
-__all__ = [
-    'AffineNorm',
-    'ConvNorm',
-    'RepSMPConv1d',
-    'RepSMPConv2d',
-    'SequenceNorm',
-    'check_part',
-    'fold_norm_into_next',
-    'fold_norm_into_previous',
-    'is_foldable',
-    'norm_to_conv',
-]
-
-
-class SequenceNorm(nn.BatchNorm1d):
-    """An nn.BatchNorm1d that takes maps too, as which it is faster in training on a GPU."""
-
-    def _check_input_dim(self, input: torch.Tensor) -> None:
-        if input.dim() < 2 or input.dim() > 4:
-            raise ValueError(f'Expected (B, C), (B, C, L) or (B, C, H, W), got {input.dim()} dimensions.')
-
-
-# what timm makes of batch norms: synchronised between processes (convert_sync_batchnorm), frozen (freeze)
-_NORMS = (nn.BatchNorm1d, SequenceNorm, nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
-_NORMS_WITH_ACT = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
-
-
-# what computes a weight before each call: pruning, and norms of weights as they were before parametrizations
-_COMPUTING_HOOKS = (BasePruningMethod, WeightNorm, SpectralNorm)
-
-
-def is_foldable(norm: nn.Module) -> bool:
-    """Whether a module is a batch norm that, in eval mode, is a scale and a shift of each channel and nothing else."""
-    return isinstance(norm, _NORMS) and not isinstance(norm, _NORMS_WITH_ACT) and norm.running_var is not None
-
-
-def _scale_shift(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift of a batch norm in eval mode, in float64 so that folding adds no rounding of its own.
-
-    Raises:
-        RuntimeError: It has no running statistics.
-    """
-    if norm.running_var is None:
-        raise RuntimeError(f'Only batch norms with running statistics can be folded into a convolution, got {norm}.')
-    _compute_weights(norm)
-    scale = (to_float64(norm.running_var) + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = to_float64(norm.weight) * scale
-    shift = -to_float64(norm.running_mean) * scale
-    return scale, shift if norm.bias is None else shift + to_float64(norm.bias)
-
-
-def _compute_weights(module: nn.Module) -> None:
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, _COMPUTING_HOOKS):  # else the weight would be that of the last call
-            hook(module, ())
-
-
-def check_part(module: nn.Module, part: nn.Module, *kinds: Type[nn.Module]) -> None:
-    """Checks that a part about to be folded is what it was built as, and no adapter around it, which would be lost.
-
-    Weights that hooks compute before each call, as torch's pruning does, are brought up to date.
-
-    Raises:
-        RuntimeError: It is something else.
-    """
-    if not isinstance(part, kinds):
-        raise RuntimeError(
-            f'{type(module).__name__} cannot be reparameterized: expected one of its parts to be a '
-            f'{" or ".join(kind.__name__ for kind in kinds)}, got {type(part).__name__}. Merge it into what it has '
-            f'replaced, or put that back.'
-        )
-    _compute_weights(part)
-
-
-def fold_norm_into_previous(
-    weight: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    norm: nn.Module,
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias (float64) of norm(conv(x)) for a convolution with the given weight (O, ...) and bias (O,)."""
-    scale, shift = _scale_shift(norm)
-    if bias is not None:
-        shift = shift + to_float64(bias) * scale
-    # in place: the kernel of a long sequence takes 100 MB
-    exact = to_float64(weight) if weight.dtype != torch.float64 else weight.clone()
-    return exact.mul_(scale.reshape(-1, *[1] * (weight.ndim - 1))), shift
-
-
-def fold_norm_into_next(norm: nn.Module, conv: nn.Module) -> None:
-    """Folds a batch norm into the 1x1 convolution with a bias that follows it, in place."""
-    scale, shift = _scale_shift(norm)
-    weight = to_float64(conv.weight.data)
-    conv.bias.data = (to_float64(conv.bias.data) + weight.flatten(1) @ shift).to(conv.weight)
-    conv.weight.data = (weight * scale.reshape(1, -1, *[1] * (weight.ndim - 2))).to(conv.weight)
-
-
-def norm_to_conv(norm: nn.Module) -> nn.Module:
-    """A batch norm of maps as a depthwise 1x1 convolution."""
-    scale, shift = _scale_shift(norm)
-    like = norm.running_var if norm.weight is None else norm.weight
-    channels = len(scale)
-    conv = skip_init(nn.Conv2d, channels, channels, 1, groups=channels, device=like.device, dtype=like.dtype)
-    conv.weight.data, conv.bias.data = scale.to(like).reshape(-1, 1, 1, 1), shift.to(like)
-    return like_module(conv, norm)
+__all__ = ['ConvNorm', 'RepSMPConv1d', 'RepSMPConv2d']
 
 
 class ConvNorm(ConvNormAct):
@@ -135,7 +29,7 @@ class ConvNorm(ConvNormAct):
         Raises:
             RuntimeError: Its convolution has been replaced by something else.
         """
-        if not isinstance(self.bn, _NORMS_WITH_ACT):
+        if not isinstance(self.bn, NORMS_WITH_ACT):
             return
         check_part(self, self.conv, nn.Conv2d)
         if type(self.conv).forward not in (nn.Conv2d.forward, PointwiseConv2d.forward):  # it pads or quantises too
@@ -154,15 +48,6 @@ class ConvNorm(ConvNormAct):
         conv = skip_init(make, old.in_channels, old.out_channels, old.kernel_size, **settings, **dd)
         conv.weight.data, conv.bias.data = weight.to(old.weight), bias.to(old.weight)
         self.conv, self.bn = like_module(conv, self), norm.act
-
-
-@register_notrace_module
-class AffineNorm(nn.BatchNorm2d):
-    """A batch norm with nothing next to it to fold into: deploys as a depthwise 1x1 convolution."""
-
-    def fuse(self) -> nn.Module:
-        """The equivalent convolution."""
-        return norm_to_conv(self)
 
 
 class _RepSMPConv(DropsCaches):
@@ -233,7 +118,7 @@ class _RepSMPConv(DropsCaches):
             and type(self.large.kernel) is SMPKernel
             and type(self.small) in (CausalConv1d, LargeConv2d)
             and self.small.padding_mode == 'zeros'
-            and all(type(norm) in _NORMS and is_foldable(norm) for norm in (self.large_norm, self.small_norm))
+            and all(type(norm) in NORMS and is_foldable(norm) for norm in (self.large_norm, self.small_norm))
         )
 
     @torch.jit.unused
