@@ -142,6 +142,25 @@ def test_frozen_networks_stay_frozen(name, model, x):
         assert not any(p.requires_grad for p in frozen.parameters())
 
 
+@pytest.mark.parametrize(
+    'name, trained, deployed',
+    [
+        ('pelk_tiny', 'mlp.fc2.bias', 'mlp.fc2'),
+        ('pelk_tiny', 'gamma', 'mlp.fc2'),
+        ('pelk_tiny', 'pos_embed', 'conv'),
+        ('smpconv_mobile31', 'blocks.0.norm.weight', 'blocks.0.pw1.conv'),
+    ],
+)
+def test_what_trains_trains_on(name, trained, deployed):
+    model = build(name).eval().requires_grad_(False)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(key.endswith(trained))
+    model.reparameterize()
+    assert {key for key, p in model.named_parameters() if p.requires_grad} == {
+        key for key, _ in model.named_parameters() if f'.{deployed}.' in key
+    }
+
+
 @torch.no_grad()
 def test_padding_is_kept():
     """Of images whose borders meet, for one."""
@@ -161,8 +180,24 @@ def test_padding_is_kept():
     block.small.padding_mode, block.small._reversed_padding_repeated_twice = 'circular', [2] * 4
     wanted = block.large_norm(block.large(x)) + block.small_norm(block.small(x))
     torch.testing.assert_close(block(x), wanted)
-    with pytest.raises(RuntimeError, match="padding_mode='circular', the large one pads with zeros"):
+    with pytest.raises(RuntimeError, match='must pad with zeros.*padding_mode=circular'):
         block.fuse()
+
+
+def test_dilated_small_kernels():
+    """As code makes them that gives a backbone a smaller stride: shortcuts see it, folding cannot."""
+    block, x = RepSMPConv2d(4, 4, 9, groups=4).eval(), torch.randn(1, 4, 16, 16)
+    nn.init.normal_(block.small.weight)
+    block.small.dilation, block.small.padding = (2, 2), (4, 4)
+    wanted = block(x)
+    dilated = nn.functional.conv2d(x, block.small.weight, padding=4, dilation=2, groups=4)
+    torch.testing.assert_close(wanted, block.large_norm(block.large(x)) + block.small_norm(dilated))
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), wanted)
+    with pytest.raises(RuntimeError, match='must pad with zeros, to the same size'):
+        block.fuse()
+    block.small.dilation, block.small.padding = (1, 1), (0, 0)
+    assert block.small(x).shape[2:] == (12, 12)
 
 
 @torch.no_grad()

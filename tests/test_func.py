@@ -39,6 +39,21 @@ def test_vmap(backend, op, batched):
 
 
 @pytest.mark.parametrize('op', sorted(OPS))
+def test_compiled_transforms(op):
+    """torch.compile leaves the operation whole elsewhere, through which no transform could see."""
+    x, weight, _ = make_case(op, 2, 3, 3, (6, 5), (3, 2), dtype=torch.float32, bias=False)
+    for transform in (
+        lambda x, weight: jvp(OPS[op], (x, weight), (weight.sum() * x, x.sum() * weight)),
+        lambda x, weight: grad(lambda x: OPS[op](x, weight).pow(3).sum())(x),
+    ):
+        wanted = transform(x, weight)
+        torch.compiler.reset()
+        got = torch.compile(transform, backend='aot_eager')(x, weight)
+        for a, b in zip(got, wanted):
+            assert relative_error(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize('op', sorted(OPS))
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_hessian(backend, op):
     x, weight, _ = make_case(op, 1, 2, 2, (3, 2), (2, 1), bias=False)

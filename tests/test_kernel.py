@@ -360,6 +360,11 @@ def test_arguments_that_cannot_work(kwargs, words):
     assert all(word in str(e.value) for word in words), e.value
 
 
+def test_sizes_of_numpy():
+    kernel = SMPKernel(1, 2, 5, num_points=3)
+    assert torch.equal(kernel(np.int64(7)), kernel(7))
+
+
 @pytest.mark.parametrize('size', [0, -1, (3, 3), (3, 0, 2)])
 def test_sizes_that_cannot_work(size):
     with pytest.raises(ValueError, match='kernel size'):
@@ -488,13 +493,19 @@ def test_support_leaves_out_zeros_alone(size, center, spread, radius, seed, dtyp
         assert relative_error(given_, wanted) <= (1 if dtype == torch.bfloat16 else 10) * tolerance
 
 
+@pytest.mark.parametrize('assigned', [False, True])
 @pytest.mark.parametrize('coord', [0.5, 0.65625, 0.75, 0.984375])
-def test_support_of_long_kernels_in_half_precision(coord):
+def test_support_of_long_kernels_in_half_precision(coord, assigned):
     """Between bfloat16 numbers lie more taps than the radius spans."""
     kernel = SMPKernel(1, 1, 16_000, ndim=1, num_points=1, radius=0.0019, causal=True)
     with torch.no_grad():
         kernel.coords.fill_(coord)
-    kernel.bfloat16()
+        kernel.weights.fill_(1.0)
+    if assigned:
+        kernel.load_state_dict({name: value.bfloat16() for name, value in kernel.state_dict().items()}, assign=True)
+        assert kernel.coords.dtype == torch.bfloat16
+    else:
+        kernel.bfloat16()
     full, part = kernel(), kernel.for_convolution()
     assert torch.equal(part, full[..., -part.shape[2] :]) and part.count_nonzero() == full.count_nonzero() > 10
 

@@ -118,12 +118,29 @@ def test_defaults(layer, points, radius):
         (lambda: SMPConv1d(3, 3, -5), ('kernel_size', '-5')),
         (lambda: SMPConv1d(3, 3, 9, radius=3.0), ('radius', '3.0')),
         (lambda: RepSMPConv2d(3, 3, 9, small_kernel_size=2), ('odd', '2')),
+        # written as for torch.nn
+        (lambda: SMPConv2d(4, 4, 7, 1, 2, groups=4), ('padding=(3, 3)', '2')),
+        (lambda: SMPConv2d(4, 4, 7, stride=2), ('stride=(1, 1)', '2')),
+        (lambda: SMPConv1d(4, 4, 7, 1, 3), ('padding=(0,)', '3')),
+        (lambda: SMPConv1d(4, 4, 7, groups=4), ('one group', '4')),
+        (lambda: PeripheralConv2d(4, 4, 7, 1, 3, 2, groups=4), ('dilation=(1, 1)', '2')),
+        (lambda: PeripheralConv2d(4, 4, (7, 9), groups=4), ('square', '(7, 9)')),
     ],
 )
 def test_arguments_that_cannot_work(layer, words):
     with pytest.raises(ValueError) as e:
         layer()
     assert all(word in str(e.value) for word in words), e.value
+
+
+def test_arguments_of_torch():
+    """In the order of torch.nn: code that was written for its layers makes these."""
+    x = torch.randn(2, 4, 9, 9)
+    for layer in (SMPConv2d, PeripheralConv2d):
+        conv = layer(4, 4, (7, 7), 1, 3, 1, 4, False)
+        assert conv.depthwise and conv.bias is None and conv(x).shape == x.shape
+    conv = SMPConv1d(4, 6, (7,), 1, 0, 1, 1, False)
+    assert conv.bias is None and conv(x.flatten(2)).shape == (2, 6, 81)
 
 
 @pytest.mark.parametrize('groups, large, small', [(4, 13, 5), (1, 9, 3)])

@@ -3,6 +3,7 @@
 import copy
 import re
 import sysconfig
+import warnings
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,8 @@ def test_reset_classifier(name, model, x):
     assert torch.equal(model(x), head_norm(model)(model.forward_features(x)))
     model.reset_classifier(3, 'avg')
     assert tuple(model(x).shape) == (2, 3)
+    with pytest.raises(ValueError, match='got -1'):
+        model.reset_classifier(-1)
     model = model.double()
     model.reset_classifier(4)
     assert model(x.double()).dtype == torch.float64
@@ -410,6 +413,8 @@ def test_group_matcher(name, coarse):
     assert of['head.fc.weight'] == of['head.fc.bias'] == max(groups) > max(stages[-1])
     stem = [of[key] for key in of if key.startswith('stem.')]
     assert not stem or (set(stem) == {0} and min(stages[0]) > 0)
+    if not coarse and hasattr(model.stages[0], 'blocks'):  # a stage has no depth of its own
+        assert len(groups) == 2 + sum(len(stage.blocks) for stage in model.stages)
 
 
 def test_layer_decay(name, x):
@@ -487,8 +492,10 @@ def test_device_and_dtype(name, x):
     assert {p.dtype for n, p in model.named_parameters() if n not in points} == {torch.bfloat16}
     assert {p.dtype for n, p in model.named_parameters() if n in points} <= {torch.float32}
     assert all(p.isfinite().all() for p in model.parameters())
+    assert next(model.parameters()).dtype == torch.bfloat16  # which many take for that of the network
+    model.reset_classifier(3)
     y = model(x.bfloat16())
-    assert y.dtype == torch.bfloat16 and y.isfinite().all()
+    assert y.dtype == torch.bfloat16 and y.isfinite().all() and y.shape[1] == 3
     model = build(name, dtype=torch.float64).eval()
     assert {b.dtype for b in model.buffers()} <= {torch.float64, torch.long}
     assert model(x.double()).dtype == torch.float64
@@ -767,6 +774,34 @@ def test_trace(scriptable):
     assert relative_error(torch.jit.trace(model, x)(x), model(x)) < 1e-4
 
 
+def other_sizes(name):
+    shapes = {'smpconv_cifar': [(24, 20), (36, 9)], 'smpconv_seq_mnist': [(20, 30), (9, 7)]}
+    return [torch.randn(2, 1 if 'seq' in name else 3, *size) for size in shapes.get(name, [(64, 80), (96, 32)])]
+
+
+@pytest.mark.parametrize('inference_mode', [False, True])
+@pytest.mark.parametrize('name', sorted(SMALL.keys() - {'smpconv_seq_pmnist'}))
+@torch.no_grad()
+def test_traces_are_for_any_size(name, inference_mode, tmp_path):
+    """Those of torch.jit.trace and of the older exporter to ONNX; and there is no more to warn of than elsewhere."""
+    model, x = small_model(name, inference_mode=inference_mode), small_input(name)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        traced = torch.jit.trace(model, x)
+    assert not [w for w in seen if issubclass(w.category, torch.jit.TracerWarning)]
+    for other in other_sizes(name):
+        assert relative_error(traced(other), model(other)) < 1e-4
+    runtime = pytest.importorskip('onnxruntime')
+    path, axes = str(tmp_path / 'model.onnx'), dict(x={0: 'batch', 2: 'height', 3: 'width'})
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)
+        torch.onnx.export(model, (x,), path, dynamo=False, input_names=['x'], dynamic_axes=axes)
+    session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    for other in other_sizes(name):
+        (got,) = session.run(None, dict(x=other[:1].numpy()))
+        assert relative_error(torch.from_numpy(got), model(other[:1])) < 1e-4
+
+
 @pytest.mark.parametrize('inference_mode', [False, True])
 @pytest.mark.parametrize('name', SMALL)
 @torch.no_grad()
@@ -823,6 +858,25 @@ def test_one_graph(name):
     wanted = model(x)
     torch._dynamo.reset()
     assert relative_error(torch.compile(model, fullgraph=True, backend='aot_eager')(x), wanted) < 1e-4
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='torch 2.6 cannot tell export from compilation')
+@pytest.mark.parametrize('name', sorted(SMALL.keys() - {'smpconv_seq_pmnist'}))
+@torch.no_grad()
+def test_compiled_once_for_all_sizes(name):
+    """After the first: which backend is best for a size is found out in the call."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = small_model(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for x in (small_input(name), *other_sizes(name)):
+        assert relative_error(compiled(x), model(x)) < 1e-4
+    assert len(graphs) == 2
 
 
 @pytest.mark.skipif(not has_compiler(), reason='torch.compile needs a C++ compiler')

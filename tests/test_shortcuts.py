@@ -228,9 +228,21 @@ class ScaledKernel(SMPKernel):
         return super().radius * self.scale.exp()
 
 
-def test_kernels_with_more_parameters():
+class FadedKernel(SMPKernel):
+    """One that does something to what is rendered."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def _render_full_precision(self, *args):
+        return super()._render_full_precision(*args) * self.scale.exp()
+
+
+@pytest.mark.parametrize('kind', [ScaledKernel, FadedKernel])
+def test_kernels_with_more_parameters(kind):
     conv, x = SMPConv2d(4, 4, 9, groups=4).eval(), torch.randn(1, 4, 12, 12)
-    conv.kernel = ScaledKernel(1, 4, 9, num_points=4, radius=0.4, shared_points=True, normalize=False).eval()
+    conv.kernel = kind(1, 4, 9, num_points=4, radius=0.4, shared_points=True, normalize=False).eval()
     with torch.no_grad():
         before = conv(x)
         conv.kernel.scale.add_(0.5)

@@ -43,7 +43,7 @@ __all__ = ['check_trainable', 'train']
 
 _logger = logging.getLogger(__name__)
 
-_CHECKPOINT_VERSION = 4
+_CHECKPOINT_VERSION = 5
 _RECOVERY_SECONDS = 300  # steps of the longest sequences take most of a minute
 
 

@@ -4,7 +4,7 @@ from typing import Any, Optional, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn.functional as F
-from timm.layers import to_2tuple
+from timm.layers import to_2tuple, to_ntuple
 from timm.models import register_notrace_module
 from torch import nn
 from torch.nn.utils import skip_init
@@ -60,8 +60,8 @@ class LargeConv2d(DropsCaches, nn.Conv2d):
         """
         size = to_2tuple(kernel_size)
         _check_conv2d(in_chs, out_chs, size, groups)
+        _check_same(self, size, stride, padding, dilation)
         half = tuple(k // 2 for k in size)
-        _check_geometry(self, stride, half if padding is None else padding, dilation, half)
         super().__init__(in_chs, out_chs, size, padding=half, groups=groups, bias=bias, device=device, dtype=dtype)
         self._kept = KernelCache()
 
@@ -72,9 +72,15 @@ class LargeConv2d(DropsCaches, nn.Conv2d):
         return self._convolve(x)
 
     @torch.jit.unused
+    def is_same(self) -> bool:
+        """Whether it still pads with zeros to the same size, without strides and holes: code can change attributes."""
+        half = tuple(k // 2 for k in self.kernel_size)
+        return (self.padding_mode, self.padding, self.stride, self.dilation) == ('zeros', half, (1, 1), (1, 1))
+
+    @torch.jit.unused
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight  # once: a parametrization computes it anew each time
-        if (self.padding_mode, self.stride, self.dilation) != ('zeros', (1, 1), (1, 1)):  # changed since it was made
+        if not self.is_same():
             return self._conv_forward(x, weight, self.bias)
         convolve = ops.conv2d if self.groups == 1 else ops.depthwise_conv2d
         return convolve(x, weight, self.bias, self._kept.keep(weight))
@@ -127,7 +133,8 @@ class PointwiseConv2d(nn.Conv2d):
 
     @torch.jit.unused
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == 'cuda' and not is_exporting() and is_channels_last(x):
+        is_same = self.stride == (1, 1) and self.padding == (0, 0)  # code can change attributes
+        if is_same and x.device.type == 'cuda' and not is_exporting() and is_channels_last(x):
             return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
         return self._conv_forward(x, self.weight, self.bias)
 
@@ -161,9 +168,7 @@ class CausalConv1d(DropsCaches, nn.Conv1d):
         Raises:
             ValueError: Another stride, padding, dilation or number of groups.
         """
-        if groups != 1:
-            raise ValueError(f'CausalConv1d has one group, got {groups}: torch.nn has layers for others.')
-        _check_geometry(self, stride, padding, dilation, (0,))
+        _check_causal(self, stride, padding, dilation, groups)
         super().__init__(in_chs, out_chs, kernel_size, bias=bias, device=device, dtype=dtype)
         self._kept = KernelCache()
         self._num_unreached: Optional[int] = None  # leading taps that were zero when last looked at
@@ -183,7 +188,7 @@ class CausalConv1d(DropsCaches, nn.Conv1d):
     def _reached_taps(self) -> torch.Tensor:
         """The weight, in inference without the leading taps that no point reached when it was rendered."""
         weight = self.weight
-        if weight.shape[2] < _LONG or wants_gradients((weight,)) or not ValueCache.usable((weight,)):
+        if not ValueCache.usable((weight,)) or weight.shape[2] < _LONG or wants_gradients((weight,)):
             return weight
         count = self._num_unreached
         # a hint that is checked: maxima are several times faster than abs or any, and over everything than for each tap
@@ -259,6 +264,9 @@ class SMPConv2d(_RenderedConv):
         in_chs: int,
         out_chs: int,
         kernel_size: Union[int, Sequence[int]],
+        stride: Union[int, Tuple[int, int]] = 1,
+        padding: Union[int, Tuple[int, int], None] = None,
+        dilation: Union[int, Tuple[int, int]] = 1,
         groups: int = 1,
         bias: bool = True,
         num_points: Optional[int] = None,
@@ -274,6 +282,7 @@ class SMPConv2d(_RenderedConv):
             in_chs: Input channels.
             out_chs: Output channels.
             kernel_size: Taps, odd; one number or (height, width).
+            stride, padding, dilation: As for nn.Conv2d, for code that was written for it: 1, k // 2 (None too) and 1.
             groups: 1 for a dense convolution, in_chs = out_chs for a depthwise one.
             bias: Add a bias.
             num_points: Points of a filter; None: floor(kh * kw / 4) depthwise, 16 dense.
@@ -283,10 +292,12 @@ class SMPConv2d(_RenderedConv):
             learn_radius: Learn the radii.
 
         Raises:
-            ValueError: An even kernel size, channels that do not fit, or a value out of range.
+            ValueError: An even kernel size, channels that do not fit, a value out of range, or another stride, padding
+                or dilation.
         """
         size = to_2tuple(kernel_size)
         _check_conv2d(in_chs, out_chs, size, groups)
+        _check_same(self, size, stride, padding, dilation)
         depthwise = _is_depthwise(in_chs, out_chs, groups)
         if depthwise:
             defaults = (max(size[0] * size[1] // 4, 1), min(4 / max(size), 1.0), 0.2)
@@ -334,7 +345,11 @@ class SMPConv1d(_RenderedConv):
         self,
         in_chs: int,
         out_chs: int,
-        kernel_size: int,
+        kernel_size: Union[int, Sequence[int]],
+        stride: Union[int, Tuple[int]] = 1,
+        padding: Union[int, Tuple[int]] = 0,
+        dilation: Union[int, Tuple[int]] = 1,
+        groups: int = 1,
         bias: bool = True,
         num_points: int = 30,
         radius: Optional[float] = None,
@@ -349,6 +364,8 @@ class SMPConv1d(_RenderedConv):
             in_chs: Input channels.
             out_chs: Output channels.
             kernel_size: Taps, of any parity: the longest memory of the layer.
+            stride, padding, dilation, groups: As for nn.Conv1d, for code that was written for it: 1, 0, 1 and 1. Zeros
+                before the sequence are always there.
             bias: Add a bias.
             num_points: Points of a filter.
             radius: Initial radius; None: 2 / kernel_size, about the distance of two taps.
@@ -357,8 +374,10 @@ class SMPConv1d(_RenderedConv):
             learn_radius: Learn the radii.
 
         Raises:
-            ValueError: A value out of range.
+            ValueError: Another stride, padding, dilation or number of groups, or a value out of range.
         """
+        _check_causal(self, stride, padding, dilation, groups)
+        (kernel_size,) = to_ntuple(1)(kernel_size)
         if kernel_size < 1:
             raise ValueError(f'kernel_size must be a positive number of taps, got {kernel_size}.')
         kernel = SMPKernel(
@@ -401,7 +420,10 @@ class PeripheralConv2d(_RenderedConv):
         self,
         in_chs: int,
         out_chs: int,
-        kernel_size: int,
+        kernel_size: Union[int, Sequence[int]],
+        stride: Union[int, Tuple[int, int]] = 1,
+        padding: Union[int, Tuple[int, int], None] = None,
+        dilation: Union[int, Tuple[int, int]] = 1,
         groups: int = 1,
         bias: bool = True,
         center_size: int = 5,
@@ -415,20 +437,25 @@ class PeripheralConv2d(_RenderedConv):
         Args:
             in_chs: Input channels.
             out_chs: Output channels.
-            kernel_size: Taps in each dimension, odd.
+            kernel_size: Taps in each dimension, odd; of two numbers both the same.
+            stride, padding, dilation: As for nn.Conv2d, for code that was written for it: 1, k // 2 (None too) and 1.
             groups: 1 for a dense convolution, in_chs = out_chs for a depthwise one.
             bias: Add a bias.
             center_size, base, grid, small_kernel_size: See `PeripheralKernel`.
 
         Raises:
-            ValueError: An even kernel size, channels that do not fit, or a grid that does not.
+            ValueError: An even kernel size, channels or a grid that do not fit, or another stride, padding or dilation.
         """
-        _check_conv2d(in_chs, out_chs, (kernel_size, kernel_size), groups)
+        size = to_2tuple(kernel_size)
+        _check_conv2d(in_chs, out_chs, size, groups)
+        _check_same(self, size, stride, padding, dilation)
+        if size[0] != size[1]:
+            raise ValueError(f'Kernels of PeripheralConv2d are square, got kernel_size={size}.')
         depthwise = _is_depthwise(in_chs, out_chs, groups)
         kernel = PeripheralKernel(
             1 if depthwise else in_chs,
             out_chs,
-            kernel_size,
+            size[0],
             center_size=center_size,
             base=base,
             grid=grid,
@@ -464,7 +491,8 @@ class PeripheralConv2d(_RenderedConv):
             weight = self.kernel()
             # in float64, so that the sum over thousands of taps adds no rounding of its own
             exact = [None if x is None else to_float64(x) for x in (weight, pos_embed, self.bias)]
-            return self.to_conv(weight, self._total_bias(*exact))
+            conv = self.to_conv(weight, self._total_bias(*exact))
+        return conv.requires_grad_(True) if pos_embed is not None and pos_embed.requires_grad else conv
 
 
 def _check_geometry(conv: nn.Module, stride: Any, padding: Any, dilation: Any, expected: Tuple[int, ...]) -> None:
@@ -472,6 +500,17 @@ def _check_geometry(conv: nn.Module, stride: Any, padding: Any, dilation: Any, e
     for name, value, wanted in (('stride', stride, ones), ('padding', padding, expected), ('dilation', dilation, ones)):
         if (value if isinstance(value, (tuple, list)) else (value,) * len(expected)) not in (wanted, list(wanted)):
             raise ValueError(f'{type(conv).__name__} has {name}={wanted}, got {value}: torch.nn has layers for others.')
+
+
+def _check_same(conv: nn.Module, size: Tuple[int, ...], stride: Any, padding: Any, dilation: Any) -> None:
+    half = tuple(k // 2 for k in size)
+    _check_geometry(conv, stride, half if padding is None else padding, dilation, half)
+
+
+def _check_causal(conv: nn.Module, stride: Any, padding: Any, dilation: Any, groups: int) -> None:
+    _check_geometry(conv, stride, padding, dilation, (0,))
+    if groups != 1:
+        raise ValueError(f'{type(conv).__name__} has one group, got {groups}: torch.nn has layers for others.')
 
 
 def _is_depthwise(in_chs: int, out_chs: int, groups: int) -> bool:

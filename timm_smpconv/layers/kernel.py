@@ -15,6 +15,8 @@ __all__ = ['RenderedKernel', 'SMPKernel', 'no_weight_decay']
 
 _SUPPORT_STEP = 32  # taps by which rendered causal kernels differ in length
 _MIN_SPARSITY = 4  # taps for one that a point may reach, from which they are better looked up
+# what a kernel is computed by
+_COMPUTING = ('forward', 'radius', '_render', '_render_full_precision', '_reach_of_few_taps')
 
 
 def _check_positive(name: str, value: float) -> None:
@@ -63,7 +65,7 @@ class RenderedKernel(DropsCaches):
         def owner(name: str) -> type:
             return next((c for c in type(self).__mro__ if name in vars(c)), RenderedKernel)
 
-        computing = [owner(name) for name in ('forward', 'radius', '_render')]
+        computing = [owner(name) for name in _COMPUTING]
         if not all(issubclass(owner('tensors'), cls) for cls in computing):
             return False
         return owner('render_reached') is RenderedKernel or issubclass(owner('render_reached'), owner('forward'))
@@ -187,10 +189,11 @@ class SMPKernel(RenderedKernel):
         self.learn_radius = learn_radius
 
         groups = 1 if shared_points else out_chs
+        # first, as many ask the first parameter of a network for its dtype
+        self.weights = nn.Parameter(torch.empty(out_chs, in_chs, num_points, device=device, dtype=dtype))
         self.coords = nn.Parameter(torch.empty(groups, num_points, ndim, **dd), requires_grad=learn_coords)
         self.register_buffer('base_radius', torch.empty(groups, num_points, **dd))
         self.radius_offset = nn.Parameter(torch.empty(groups, num_points, **dd), requires_grad=learn_radius)
-        self.weights = nn.Parameter(torch.empty(out_chs, in_chs, num_points, device=device, dtype=dtype))
         self.reset_parameters()
 
     def _apply(self, fn, recurse=True):
@@ -281,6 +284,9 @@ class SMPKernel(RenderedKernel):
         """
         if self.training:
             self.project()
+        if not torch.jit.is_scripting():
+            if isinstance(size, numbers.Integral):  # those of numpy
+                size = int(size)
         if size is None:
             dims = self.kernel_size
         elif isinstance(size, int):
@@ -312,7 +318,8 @@ class SMPKernel(RenderedKernel):
         # shared points are few: there is nothing to gain by looking up their taps
         if math.prod(size) < 2 * _SUPPORT_STEP or (self.shared_points and not self.causal):
             return self._render_full_precision(size)
-        radius = self.radius.detach()
+        # of half precision if they were assigned so, which would lose the radius in the difference
+        radius = self.radius.detach().to(torch.promote_types(self.radius_offset.dtype, torch.float32))
         first = (self.coords.detach() - radius.unsqueeze(2)).min().item()
         if not math.isfinite(first):
             return self._render_full_precision(size)

@@ -82,11 +82,13 @@ def fold_norm_into_previous(
 
 
 def fold_norm_into_next(norm: nn.Module, conv: nn.Module) -> None:
-    """Folds a batch norm into the 1x1 convolution with a bias that follows it, in place."""
+    """Folds a norm into the 1x1 convolution with a bias that follows it, in place; trainable if one of them is."""
     scale, shift = _scale_shift(norm)
     weight = to_float64(conv.weight.data)
     conv.bias.data = (to_float64(conv.bias.data) + weight.flatten(1) @ shift).to(conv.weight)
     conv.weight.data = (weight * scale.reshape(1, -1, *[1] * (weight.ndim - 2))).to(conv.weight)
+    if any(p.requires_grad for p in norm.parameters()):
+        conv.requires_grad_(True)
 
 
 def norm_to_conv(norm: nn.Module) -> nn.Module:

@@ -119,7 +119,8 @@ class PeripheralKernel(RenderedKernel):
         if self.small is not None:
             side = (self.kernel_size[0] - self.small.shape[3]) // 2
             kernel = kernel + F.pad(self.small, [side, side, side, side])
-        return kernel
+        # as it is already: torch's older exporter to ONNX would not know the number of taps
+        return kernel.reshape(self.out_chs, self.in_chs, self.kernel_size[0], self.kernel_size[1])
 
     def _widen(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """Repeats the entries along a dimension by the widths of their cells."""

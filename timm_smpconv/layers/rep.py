@@ -117,9 +117,14 @@ class _RepSMPConv(DropsCaches):
             type(self.large) in (SMPConv1d, SMPConv2d)
             and type(self.large.kernel) is SMPKernel
             and type(self.small) in (CausalConv1d, LargeConv2d)
-            and self.small.padding_mode == 'zeros'
+            and self._is_small_same()
             and all(type(norm) in NORMS and is_foldable(norm) for norm in (self.large_norm, self.small_norm))
         )
+
+    @torch.jit.unused
+    def _is_small_same(self) -> bool:
+        # nothing can be changed of a causal one
+        return self.small.padding_mode == 'zeros' and (isinstance(self.small, CausalConv1d) or self.small.is_same())
 
     @torch.jit.unused
     def _tensors(self) -> Tuple[Optional[torch.Tensor], ...]:
@@ -151,10 +156,10 @@ class _RepSMPConv(DropsCaches):
                     f'{type(self).__name__} cannot be reparameterized: its norms must be batch norms with running '
                     f'statistics to be folded into a convolution, got {norm}.'
                 )
-        if self.small.padding_mode != 'zeros':
+        if not self._is_small_same():
             raise RuntimeError(
-                f'{type(self).__name__} cannot be reparameterized: its small convolution has '
-                f'padding_mode={self.small.padding_mode!r}, the large one pads with zeros.'
+                f'{type(self).__name__} cannot be reparameterized: its small convolution must pad with zeros, to the '
+                f'same size, as the large one does, got {self.small}.'
             )
         with torch.no_grad():
             return like_module(self._fold(self.large.kernel()), self)

@@ -47,6 +47,11 @@ def check_stages(depths: Sequence[int], dims: Sequence[int], kernel_sizes: Seque
         )
 
 
+def _check_num_classes(num_classes: int) -> None:
+    if num_classes < 0:
+        raise ValueError(f'num_classes must not be negative (0 removes the classifier), got {num_classes}.')
+
+
 def init_weights(module: nn.Module) -> None:
     """Draws the weights of a plain convolution or linear layer, as the ImageNet networks begin; for nn.Module.apply."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -77,8 +82,7 @@ class LargeKernelNet(nn.Module):
         self.sequence = sequence
         if in_chans < 1:
             raise ValueError(f'in_chans must be positive, got {in_chans}.')
-        if num_classes < 0:
-            raise ValueError(f'num_classes must not be negative (0 removes the classifier), got {num_classes}.')
+        _check_num_classes(num_classes)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = 0
@@ -156,7 +160,7 @@ class LargeKernelNet(nn.Module):
             blocks=r'^stages\.(\d+)'
             if coarse
             else [
-                (r'^stages\.(\d+)\.downsample', (0,)),
+                (r'^stages\.(\d+)\.(?:downsample|pos_embed)', (0,)),  # with the first block
                 (r'^stages\.(\d+)\.blocks\.(\d+)', None),
                 (r'^stages\.(\d+)', None),
                 (r'^norm', (99999,)),
@@ -181,7 +185,11 @@ class LargeKernelNet(nn.Module):
         Args:
             num_classes: Number of classes; 0 removes the classifier.
             global_pool: Pooling; None keeps it, '' removes it.
+
+        Raises:
+            ValueError: A negative number of classes.
         """
+        _check_num_classes(num_classes)
         self.head.reset(num_classes, global_pool)
         self.num_classes = num_classes
         parameter = next(self.parameters())

@@ -128,7 +128,8 @@ def build(
         pretrained_cfg=loading,
         pretrained_filter_fn=load,
         feature_cfg=dict(out_indices=tuple(range(num_stages)), flatten_sequential=True),
-        kwargs_filter=('img_size',),  # passed by timm for a fixed input size; networks take kernel_size
+        # passed by timm for a fixed input size, which smpconv_seq_pmnist has made arguments of
+        kwargs_filter=('img_size',) if resolved.get('fixed_input_size') else None,
         **kwargs,
     )
     model.pretrained_cfg.update({key: resolved.get(key) for key in ('first_conv', 'source', 'file')})

@@ -17,6 +17,7 @@ from timm.layers import (
     Mlp,
     NormMlpClassifierHead,
     calculate_drop_path_rates,
+    to_ntuple,
     trunc_normal_,
 )
 from timm.models import checkpoint, generate_default_cfgs, register_model
@@ -119,7 +120,7 @@ class PeLKBlock(nn.Module):
             last.weight.data = (to_float64(old.weight.data) * gamma[:, None]).to(old.weight)
             if old.bias is not None:
                 last.bias.data = (to_float64(old.bias.data) * gamma).to(old.weight)
-            last.requires_grad_(old.weight.requires_grad or self.gamma.requires_grad)
+            last.requires_grad_(any(p.requires_grad for p in (*old.parameters(), self.gamma)))
             self.mlp.fc2, self.gamma = last.train(self.training), None
         if isinstance(self.conv, PeripheralConv2d):
             self.conv = self.conv.fuse(pos_embed if self.embedded else None)
@@ -224,7 +225,7 @@ class PeLKStage(nn.Module):
             RuntimeError: A part of a block has been replaced by something else.
         """
         for block in self.blocks:
-            block.deploy(None if self.pos_embed is None else self.pos_embed.data)
+            block.deploy(self.pos_embed)
         self.pos_embed = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -250,7 +251,7 @@ class PeLK(LargeKernelNet):
         global_pool: str = 'avg',
         depths: Sequence[int] = (3, 3, 9, 3),
         dims: Sequence[int] = (96, 192, 384, 768),
-        kernel_sizes: Sequence[int] = (51, 49, 47, 13),
+        kernel_sizes: Union[int, Sequence[int]] = (51, 49, 47, 13),
         center_size: int = 5,
         small_kernel_size: int = 5,
         conv_ratio: float = 3 / 8,
@@ -270,7 +271,7 @@ class PeLK(LargeKernelNet):
             global_pool: Global pooling type, '' for none.
             depths: Blocks of each stage.
             dims: Channels of each stage.
-            kernel_sizes: Taps of the kernels of each stage, odd.
+            kernel_sizes: Taps of the kernels of each stage, odd; one number for all stages or one per stage.
             center_size: Taps of the unshared centre of all kernels, odd.
             small_kernel_size: Taps of the small kernels added in the centre, odd; 0 for none.
             conv_ratio: Part of the channels that are convolved; the others pass.
@@ -286,6 +287,7 @@ class PeLK(LargeKernelNet):
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_classes, in_chans)
+        kernel_sizes = to_ntuple(len(depths))(kernel_sizes)
         check_stages(depths, dims, kernel_sizes)
         if not 0 < conv_ratio <= 1:
             raise ValueError(f'conv_ratio must lie in (0, 1], got {conv_ratio}.')

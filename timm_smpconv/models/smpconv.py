@@ -4,7 +4,7 @@ import numbers
 from typing import Any, Optional, Sequence, Union
 
 import torch
-from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, to_ntuple
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
 
@@ -205,7 +205,7 @@ class SMPConv(LargeKernelNet):
         global_pool: str = 'avg',
         depths: Sequence[int] = (2, 2, 8, 2),
         dims: Sequence[int] = (96, 192, 384, 768),
-        kernel_sizes: Sequence[int] = (31, 29, 27, 13),
+        kernel_sizes: Union[int, Sequence[int]] = (31, 29, 27, 13),
         mlp_ratio: float = 4.0,
         points_divisor: int = 4,
         num_points: Union[int, Sequence[int], None] = None,
@@ -227,7 +227,7 @@ class SMPConv(LargeKernelNet):
             global_pool: Global pooling type, '' for none.
             depths: Pairs of blocks of each stage.
             dims: Channels of each stage.
-            kernel_sizes: Taps of the large kernels of each stage, odd.
+            kernel_sizes: Taps of the large kernels of each stage, odd; one number for all stages or one per stage.
             mlp_ratio: Hidden width of a ConvFFN, relative to the channels.
             points_divisor: Points of a kernel are floor(k^2 / points_divisor) ...
             num_points: ... unless given here, one number for all stages or one per stage.
@@ -245,6 +245,7 @@ class SMPConv(LargeKernelNet):
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_classes, in_chans)
+        kernel_sizes = to_ntuple(len(depths))(kernel_sizes)
         check_stages(depths, dims, kernel_sizes)
         if points_divisor < 1:
             raise ValueError(f'points_divisor must be positive, got {points_divisor}.')

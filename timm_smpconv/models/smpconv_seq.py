@@ -35,7 +35,7 @@ def permute_steps(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
             f'This model permutes sequences of {permutation.shape[0]} steps, got an input of shape {tuple(x.shape)}: '
             f'its length (or height times width) must be {permutation.shape[0]}.'
         )
-    return steps.index_select(2, permutation).unflatten(2, x.shape[2:])
+    return steps.index_select(2, permutation).reshape(x.shape)
 
 
 class PermuteSteps(nn.Module):
@@ -115,7 +115,7 @@ class SequenceBlock(nn.Module):
             y = checkpoint(self._forward, steps)
         else:
             y = self._forward(steps)
-        return y.unflatten(2, x.shape[2:])
+        return y.reshape(y.shape[:2] + x.shape[2:])  # unflatten would fix the size in a trace
 
 
 class SequenceHead(nn.Module):

@@ -47,8 +47,6 @@ def is_exporting() -> bool:
 
 def is_transformed() -> bool:
     """Whether torch.func (vmap, grad, ...) or forward-mode AD is at work: they see through torch's own operations."""
-    if torch.compiler.is_compiling():  # the compiler has answered it before
-        return False
     # the question that torch.autograd.Function asks; and whether there is a forward_ad.dual_level()
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 

@@ -264,7 +264,7 @@ def depthwise_conv2d(
     if not torch.jit.is_scripting():
         _check('depthwise_conv2d', x, weight, bias, ndim=4, depthwise=True)
         if not is_exporting():
-            return _conv2d(x, weight, bias, True, keep)
+            return _convolve(x, weight, bias, True, keep)
     return F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2], groups=weight.shape[0])
 
 
@@ -290,7 +290,7 @@ def conv2d(
     if not torch.jit.is_scripting():
         _check('conv2d', x, weight, bias, ndim=4, depthwise=False)
         if not is_exporting():
-            return _conv2d(x, weight, bias, False, keep)
+            return _convolve(x, weight, bias, False, keep)
     return F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2])
 
 
@@ -316,8 +316,7 @@ def causal_conv1d(
     if not torch.jit.is_scripting():
         _check('causal_conv1d', x, weight, bias, ndim=3, depthwise=False)
         if not is_exporting():
-            taps = min(weight.shape[2], max(x.shape[2], 1))  # of an empty sequence too, which _run reports
-            return _run(x, weight[..., weight.shape[2] - taps :], bias, (taps - 1,), False, keep)
+            return _convolve(x, weight, bias, False, keep)
     return F.conv1d(F.pad(x, [weight.shape[2] - 1, 0]), weight, bias)
 
 
@@ -336,24 +335,10 @@ def to_fast_format(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _conv2d(
+def _convolve(
     x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], depthwise: bool, keep: Optional[Keep]
 ) -> torch.Tensor:
-    for dim in (2, 3):
-        half, reach = weight.shape[dim] // 2, max(x.shape[dim] - 1, 0)
-        if half > reach:
-            weight = weight.narrow(dim, half - reach, 2 * reach + 1)
-    return _run(x, weight, bias, (weight.shape[2] // 2, weight.shape[3] // 2), depthwise, keep)
-
-
-def _run(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Optional[torch.Tensor],
-    left: Tuple[int, ...],
-    depthwise: bool,
-    keep: Optional[Keep],
-) -> torch.Tensor:
+    """What a convolution does once its shapes are found to fit."""
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # there is no autocast on meta
         dtype = torch.get_autocast_dtype(x.device.type)
         if weight.dtype not in (dtype, torch.float64):  # which autocast leaves alone
@@ -367,11 +352,59 @@ def _run(
             f'Expected an input and a kernel of the same dtype, got {x.dtype} and {weight.dtype}: cast one of them, '
             f'or use torch.autocast.'
         )
-    if x.shape[0] == 0:  # nothing to transform
-        correlate = direct.correlate
+    bias = None if bias is None else bias.to(x.dtype)
+    if _is_left_whole(x, weight, bias):
+        return _correlate_op(x, weight, bias, depthwise, is_channels_last(x))
+    return _correlate(x, weight, bias, depthwise, keep)
+
+
+def _correlate(
+    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], depthwise: bool, keep: Optional[Keep] = None
+) -> torch.Tensor:
+    """Cuts off the taps that no input can reach, and passes on to a backend."""
+    if x.ndim == 3:  # causal
+        taps = min(weight.shape[2], x.shape[2])
+        weight, left = weight[..., weight.shape[2] - taps :], (taps - 1,)
     else:
-        correlate = _BACKENDS[_forced or choose_backend(x, weight, left, depthwise)]
-    return correlate(x, weight, None if bias is None else bias.to(x.dtype), left, depthwise, keep)
+        for dim in (2, 3):
+            half, reach = weight.shape[dim] // 2, x.shape[dim] - 1
+            if half > reach:
+                weight = weight.narrow(dim, half - reach, 2 * reach + 1)
+        left = (weight.shape[2] // 2, weight.shape[3] // 2)
+    if x.shape[0] == 0:  # nothing to transform
+        return direct.correlate(x, weight, bias, left, depthwise, keep)
+    return _BACKENDS[_forced or choose_backend(x, weight, left, depthwise)](x, weight, bias, left, depthwise, keep)
+
+
+def _is_left_whole(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> bool:
+    """Whether torch.compile is to see one operator, which chooses when it is called.
+
+    In inference on a CPU. Traced, the choice would be compiled anew for every size of input, and transforms that no
+    compiler makes faster with it. (torch 2.6 would put the operator into exports too.)
+    """
+    if not torch.compiler.is_compiling() or not hasattr(torch.compiler, 'is_exporting'):
+        return False
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    return _forced is None and not trained and not is_transformed() and x.device.type == 'cpu'
+
+
+def _correlate_whole(
+    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], depthwise: bool, last: bool
+) -> torch.Tensor:
+    return _correlate(x, weight, bias, depthwise).contiguous(memory_format=_format(last))
+
+
+def _format(last: bool) -> torch.memory_format:
+    return torch.channels_last if last else torch.contiguous_format
+
+
+_correlate_op = torch.library.custom_op('timm_smpconv::correlate', _correlate_whole, mutates_args=())
+
+
+@_correlate_op.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], depthwise: bool, last: bool) -> torch.Tensor:
+    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(last))
 
 
 def _keep_rounded(keep: Keep, dtype: torch.dtype, key: Hashable, numbers: int, compute: Callable[[], Any]) -> Any:
@@ -387,6 +420,8 @@ def _check(
     ndim: int,
     depthwise: bool,
 ) -> None:
+    if torch.jit.is_tracing():  # sizes are tensors, of whose values a trace warns
+        return
     if not (x.is_floating_point() and weight.is_floating_point()):
         raise TypeError(
             f'{name} expects floating-point numbers, got an input of {x.dtype}, a kernel of {weight.dtype}.'
