@@ -268,10 +268,7 @@ def create_network(name: str, **kwargs: object) -> nn.Module:
 def create_teacher(name: str) -> nn.Module:
     """The network that a recipe names as its teacher, to be asked only."""
     name, _, file = name.partition(':')
-    model = create_network(name, pretrained=not file, checkpoint_path=file).eval()
-    if hasattr(model, 'reparameterize'):
-        model.reparameterize()
-    return model.requires_grad_(False)
+    return create_network(name, pretrained=not file, checkpoint_path=file).eval().requires_grad_(False)
 
 
 def create(recipe: Recipe, phase: Phase, weights: Optional[Dict[str, torch.Tensor]]) -> nn.Module:
@@ -311,6 +308,8 @@ class Trainer:
         if recipe.teacher:
             teacher = create_teacher(recipe.teacher)
             self.data += _digest(list(teacher.state_dict().values()))
+            if hasattr(teacher, 'reparameterize'):  # after the digest: processors round what it computes in other ways
+                teacher.reparameterize()
             self.teacher = teacher.to(device, memory_format=torch.channels_last)
         self.answers: Optional[torch.Tensor] = None
         if recipe.ask_once:
@@ -511,11 +510,11 @@ class Trainer:
 
 
 def _digest(tensors: Sequence[torch.Tensor]) -> str:
-    """What tells some tensors from others: the sums of their rows, which take no time."""
+    """What tells some tensors from others: their bytes, or of images the sums of their rows, which take no time."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        rows = tensor.flatten(1).sum(1) if tensor.ndim > 1 else tensor
-        digest.update(repr(rows.tolist()).encode())
+        rows = tensor.flatten(1).sum(1) if tensor.dtype == torch.uint8 and tensor.ndim > 1 else tensor
+        digest.update(rows.flatten().contiguous().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ from timm.models._manipulate import reinit_non_persistent_buffers
 
 from timm_smpconv import WeightsError
 from timm_smpconv._files import save_tensors
-from timm_smpconv.checkpoint import read_checkpoint
+from timm_smpconv.checkpoint import CheckpointError, check_architecture, read_checkpoint
 from timm_smpconv.layers import SMPKernel
 from timm_smpconv.models._builder import checkpoint_filter_fn
 from timm_smpconv.models.smpconv_seq import change_rate
@@ -344,6 +344,8 @@ def test_a_file_of_the_caller(tmp_path):
     assert not [m for m in features.modules() if 'state_dict' in getattr(m, 'pretrained_cfg', ())]
     with pytest.raises(WeightsError, match='says that it is of smpconv_seq_speech, not of smpconv_seq_chartraj'):
         timm.create_model('smpconv_seq_chartraj', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
+    with pytest.raises(CheckpointError, match='says that it is of smpconv_seq_speech'):  # as train.py --model writes
+        check_architecture(dict(arch='smpconv_seq_speech.sc'), 'smpconv_seq_chartraj', 'it')
 
 
 def test_deployed_weights_are_never_half_loaded(tmp_path):

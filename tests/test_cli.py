@@ -582,6 +582,11 @@ def test_the_same_recordings_are_left_out_of_any_copy(tmp_path, data):
         assert torch.equal(given.predictions, own.predictions)
     other = validate(name, tmp_path, _save(name, tmp_path / 'other.safetensors'), progress=False)
     assert (other.left_out, other.total) == (0, 20)
+    (tmp_path / 'heard' / 'speech_commands').mkdir(parents=True)
+    tensors['speakers'] = torch.tensor(known * 4)
+    save_file(tensors, tmp_path / 'heard' / 'speech_commands' / 'test.safetensors')
+    with pytest.raises(ValueError, match='All 20 test recordings in .* were trained on'):
+        validate(name, tmp_path / 'heard', progress=False)
     # what is made of them
     folder = convert(bundled, name, tmp_path / 'folder', deployed=True, install=True).folder
     for file in (folder / 'model.safetensors', folder / 'deployed.safetensors', None):
@@ -655,6 +660,36 @@ def test_networks_of_ones_own(tmp_path, capsys):
         for command in (['predict', photos[0]], ['validate', '--data', tmp_path / 'photos']):
             status, _, err = run(capsys, *command, '--model', f'local-dir:{tmp_path / name}')
             assert status == 2 and message in err and err.count('\n') == 1
+
+
+def test_digit_networks_of_ones_own(tmp_path, data, capsys):
+    """Measured on pictures in one folder for each class, grey as the network is, and not on MNIST."""
+    kwargs = dict(num_classes=3, dim=4, depth=1)
+    model = timm.create_model('smpconv_seq_mnist', **kwargs).eval()
+    torch.save(model.state_dict(), tmp_path / 'a.pth')
+    photos = tmp_path / 'photos' / 'test'
+    for i, label in enumerate(('ash', 'elm')):
+        (photos / label).mkdir(parents=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (30, 30, 3), np.uint8)).save(photos / label / 'a.png')
+    out = tmp_path / 'own'
+    convert(tmp_path / 'a.pth', 'smpconv_seq_mnist', out, model_kwargs=kwargs, label_names=('ash', 'beech', 'elm'))
+    result = validate(f'local-dir:{out}', tmp_path / 'photos', progress=False)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model), is_training=False)
+    pictures = [transform(Image.open(photos / label / 'a.png').convert('L')) for label in ('ash', 'elm')]
+    with torch.no_grad():
+        assert result.predictions.tolist() == model(torch.stack(pictures)).argmax(1).tolist()
+    assert result.labels.tolist() == [0, 2] and result.confusion.sum() == 2
+    status, _, err = run(capsys, 'validate', '--model', f'local-dir:{out}', '--data', data)
+    assert status == 2 and 'No test images' in err and 'ash, beech, elm' in err
+    # of sounds there are test data of ten words alone
+    kwargs = dict(num_classes=2, dim=4, depth=1)
+    torch.save(timm.create_model('smpconv_seq_speech', **kwargs).state_dict(), tmp_path / 'b.pth')
+    convert(tmp_path / 'b.pth', 'smpconv_seq_speech', tmp_path / 'two', model_kwargs=kwargs, label_names=('hi', 'ho'))
+    status, _, err = run(capsys, 'validate', '--model', f'local-dir:{tmp_path / "two"}', '--data', data)
+    assert status == 2 and 'classes of its own (hi, ho), of which there are no test data' in err
+    for command in (['predict', 'a.png'], ['validate', '--data', data]):
+        status, _, err = run(capsys, *command, '--model', f'local-dir:{"x" * 300}')
+        assert status == 2 and 'File name too long' in err and err.count('\n') == 1
 
 
 def test_speech_networks_of_ones_own(tmp_path, data, capsys):

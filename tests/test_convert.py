@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from synth import FIXTURE_NAMES, expected, reference_state, relative_error, synth_input
 
 from timm_smpconv import WeightsError, store
-from timm_smpconv._files import save_tensors, write_text
+from timm_smpconv._files import read_metadata, save_tensors, write_text
 from timm_smpconv.checkpoint import CheckpointError, read_checkpoint
 from timm_smpconv.cli import main
 from timm_smpconv.convert import convert
@@ -261,16 +262,41 @@ def test_equal_input_equal_output(tmp_path):
             assert path.read_bytes() == (folders[1] / path.relative_to(folders[0])).read_bytes(), path.name
 
 
-def test_transformers(tmp_path):
+@pytest.mark.parametrize('ancestors', [[], ['smpconv_cifar.c10']])
+def test_transformers(tmp_path, ancestors):
     """transformers' wrapper of timm models reads the folder, and gives the same logits."""
     transformers = pytest.importorskip('transformers')
     model = timm.create_model('smpconv_cifar').eval()
-    save_file(model.state_dict(), tmp_path / 'a.safetensors')
+    save_tensors(tmp_path / 'a.safetensors', model.state_dict(), dict(ancestors=ancestors) if ancestors else None)
     out = convert(tmp_path / 'a.safetensors', 'smpconv_cifar', tmp_path / 'out').folder
     wrapper = transformers.TimmWrapperForImageClassification.from_pretrained(out).eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(wrapper(x).logits, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_metadata_have_one_order(tmp_path):
+    """Which differs from process to process as safetensors writes them, and from file to file."""
+    tensors, metadata = dict(b=torch.arange(3), a=torch.ones(2, 2)), dict(names=['größer', '"', '\\'], ancestors=[])
+    written = set()
+    for i in range(12):
+        save_tensors(tmp_path / str(i), tensors, metadata)
+        written.add((tmp_path / str(i)).read_bytes())
+    assert len(written) == 1 and read_metadata(tmp_path / '0') == metadata
+    with safe_open(tmp_path / '0', 'pt') as file:
+        assert file.metadata()['format'] == 'pt'
+        assert all(torch.equal(file.get_tensor(key), tensors[key]) for key in tensors)
+
+
+def test_permutations_of_another_length(tmp_path):
+    kwargs = dict(img_size=8, dim=4, depth=1)
+    model = timm.create_model('smpconv_seq_pmnist', **kwargs).eval()
+    torch.save(model.state_dict(), tmp_path / 'a.pth')
+    out = convert(tmp_path / 'a.pth', 'smpconv_seq_pmnist', tmp_path / 'out', model_kwargs=kwargs).folder
+    loaded, x = timm.create_model(f'local-dir:{out}', pretrained=True).eval(), torch.randn(2, 1, 8, 8)
+    assert tuple(loaded.pretrained_cfg['input_size']) == (1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
 
 
 def test_error_type():

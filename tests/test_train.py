@@ -376,7 +376,7 @@ def test_start_from_weights_of_unknown_normalisation(data_dir, tmp_path, caplog)
 
 
 def test_recordings_that_weights_have_heard(tmp_path):
-    """Their hash tells whose voices they were trained on, wherever they lie; nothing is known of other files."""
+    """Their contents tell whose voices they were trained on, wherever they lie; nothing is known of other files."""
     bundled = bundled_path('smpconv_seq_speech.sc')
     first, last = (speaker_number(training_speakers('smpconv_seq_speech.sc')[i]) for i in (0, -1))
     speakers = torch.tensor([first, 12345, last, first])
@@ -385,7 +385,9 @@ def test_recordings_that_weights_have_heard(tmp_path):
     shutil.copy(bundled, copy)
     data = bundled.read_bytes()
     other.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # of the same size
-    for path in (bundled, copy):
+    again = tmp_path / 'again.pth'
+    torch.save(dict(state_dict=load_file(bundled)), again)
+    for path in (bundled, copy, again):
         assert heard(samples, ancestors(path)).tolist() == [True, False, True, True]
     for path in (other, tmp_path / 'absent', bundled_path('smpconv_seq_mnist.smnist')):
         assert heard(samples, ancestors(path)).tolist() == [False] * 4
@@ -636,6 +638,8 @@ def test_other_recipe_in_the_same_folder(data_dir, tmp_path):
             dict(kd_model_name='smpconv_seq_mnist', model_kwargs=dict(num_classes=11)),
             "'smpconv_seq_mnist' tells 10 classes apart, smpconv_seq_mnist 11",
         ),
+        (dict(opt_kwargs=dict(betas=[0.9])), r"opt='adam', opt_kwargs=\{'betas': \[0.9\]\} cannot work"),
+        (dict(model_kwargs=dict(features_only=True)), r"model_kwargs=\{'features_only': True\} are not of the network"),
         (dict(opt_kwargs=dict(colour=1)), r"opt='adam', opt_kwargs=\{'colour': 1\} cannot work: .*colour"),
     ],
 )
@@ -918,6 +922,17 @@ def test_every_field_is_described():
     assert set(field_texts()) == {field.name for field in dataclasses.fields(Recipe)}
     assert field_texts()['clip_grad'] == 'Largest norm of the gradient, 0 for no limit.'
     assert field_texts()['sample_rate'].endswith('of `model_kwargs` have to fit.')
+
+
+def test_a_teacher_of_unknown_normalisation(data_dir, tmp_path, caplog):
+    """Its lessons may be nonsense, if it is the authors'."""
+    name, kwargs = 'smpconv_seq_speech', dict(dim=4, depth=1)
+    torch.save(timm.create_model(name, **kwargs).state_dict(), tmp_path / 'a.pth')
+    folder = convert(tmp_path / 'a.pth', name, tmp_path / 'teacher', model_kwargs=kwargs).folder
+    caplog.clear()
+    recipe = Recipe(name, epochs=1, batch_size=8, model_kwargs=kwargs, kd_model_name=f'local-dir:{folder}')
+    train(recipe, data_dir, tmp_path / 'run', progress=False)
+    assert 'does not say how its inputs were normalised' in caplog.text
 
 
 def test_another_teacher_in_the_same_run(data_dir, tmp_path):

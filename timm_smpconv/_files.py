@@ -84,13 +84,27 @@ def save_tensors(path: Path, tensors: Dict[str, torch.Tensor], metadata: Optiona
     Raises:
         OSError: The file cannot be written.
     """
-    # one entry, because safetensors writes several in random order: equal contents shall be equal files
-    text = {'format': 'pt'} if metadata is None else {_KEY: json.dumps(metadata)}
+    text = {'format': 'pt'}  # without which some versions of transformers refuse a file
+    if metadata is not None:
+        text[_KEY] = json.dumps(metadata)
     with atomic_path(path) as part:
         try:
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, metadata=text)
+            _sort_metadata(part)
         except SafetensorError as e:  # a full disk, for one
             raise OSError(f'Cannot write {path}: {e}') from e
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts the metadata, which safetensors writes in random order, in one order: equal contents, equal files."""
+    with path.open('rb+') as file:
+        size = int.from_bytes(file.read(8), 'little')
+        header = json.loads(file.read(size))
+        header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(',', ':')).encode()
+        if len(text) <= size:  # as it should be: the same characters, filled up with spaces
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def read_metadata(path: Path) -> Dict[str, Any]:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 import numpy as np
 import timm
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from timm.models import split_model_name_tag
 from torch import nn
 
 from ._files import read_metadata
@@ -21,7 +22,7 @@ from ._text import one_line
 from .catalog import model_names
 from .layout import unwrap_checkpoint
 from .store import file_sha256
-from .weights import WEIGHTS, WeightsError
+from .weights import WEIGHTS, WeightsError, bundled_path
 
 if TYPE_CHECKING:  # models load their weights through this module
     from .models._base import LargeKernelNet
@@ -179,7 +180,8 @@ def check_architecture(checkpoint: Dict[str, Any], wanted: str, what: str) -> No
         CheckpointError: It is of another network of this package.
     """
     arch = checkpoint.get('arch')
-    if isinstance(arch, str) and arch in model_names() and arch != wanted:
+    arch = split_model_name_tag(arch)[0] if isinstance(arch, str) else None
+    if arch in model_names() and arch != wanted:
         raise CheckpointError(f'{what} says that it is of {arch}, not of {wanted}: choose that model.')
 
 
@@ -229,7 +231,7 @@ def carried_settings(
     try:
         carried = _recorded(path, checkpoint)
         if not carried.keys() & set(_SETTINGS):
-            carried = _beside(path) or _of_the_table(path)
+            carried = _beside(path) or _of_the_table(path, checkpoint)
         found = {key: tuple(carried[key]) for key in _SETTINGS if key in carried}
         numbers = {key: tuple(float(v) for v in values) for key, values in found.items() if key != 'input_size'}
     except (TypeError, ValueError, RecursionError, SafetensorError, OSError):  # written by somebody else
@@ -252,7 +254,7 @@ def records_settings(path: Path) -> bool:
         CheckpointError: The file cannot be read.
     """
     try:
-        return 'mean' in _recorded(path, None) or bool(_of_the_table(path))
+        return 'mean' in _recorded(path, None) or bool(_of_the_table(path, None))
     except (TypeError, ValueError, RecursionError, SafetensorError, OSError):  # written by somebody else
         return False
 
@@ -267,7 +269,7 @@ def _beside(path: Path) -> Dict[str, Any]:
 
 
 def ancestors(path: Path, checkpoint: Optional[Dict[str, Any]] = None) -> List[str]:
-    """Which bundled weights a file holds or goes back to, as `model.tag`: by its hash, and by what was written into it.
+    """Which bundled weights a file holds or goes back to, as `model.tag`: by its values and by what it says.
 
     `timm-smpconv train` writes what a run began with and who taught it, `timm-smpconv convert` passes it on.
 
@@ -276,22 +278,40 @@ def ancestors(path: Path, checkpoint: Optional[Dict[str, Any]] = None) -> List[s
         checkpoint: What `read_checkpoint` has read of it already.
     """
     try:
-        name, said = _table_name(path), _recorded(path, checkpoint).get('ancestors', [])
+        name, said = _table_name(path, checkpoint), _recorded(path, checkpoint).get('ancestors', [])
         return sorted({*([name] if name else []), *(str(other) for other in said if other in WEIGHTS)})
     except (TypeError, ValueError, RecursionError, SafetensorError, OSError, CheckpointError):  # of somebody else
         return []
 
 
-def _table_name(path: Path) -> Optional[str]:
-    """`model.tag` of a file that is one of the table of weights, wherever it lies; None if it is none of them."""
+def _table_name(path: Path, checkpoint: Optional[Dict[str, Any]]) -> Optional[str]:
+    """`model.tag` of a file that is one of the table of weights, or holds bundled ones that somebody has saved anew.
+
+    None if it is of other weights.
+    """
     size = path.stat().st_size
     alike = [name for name, weights in WEIGHTS.items() if weights.size == size]
     sha256 = file_sha256(path) if alike else None
-    return next((name for name in alike if WEIGHTS[name].sha256 == sha256), None)
+    found = next((name for name in alike if WEIGHTS[name].sha256 == sha256), None)
+    if found is None:
+        state_dict = _state_dict(read_checkpoint(path) if checkpoint is None else checkpoint, str(path))
+        found = next((name for name in WEIGHTS if _is_bundled(state_dict, name)), None)
+    return found
 
 
-def _of_the_table(path: Path) -> Dict[str, Any]:
-    name = _table_name(path)
+def _is_bundled(state_dict: Dict[str, Any], name: str) -> bool:
+    bundled = bundled_path(name)
+    if bundled is None:
+        return False
+    with safe_open(bundled, 'pt') as file:  # one after the other: the first that differs is enough
+        return set(file.keys()) == state_dict.keys() and all(
+            isinstance(state_dict[key], torch.Tensor) and torch.equal(state_dict[key], file.get_tensor(key))
+            for key in file.keys()
+        )
+
+
+def _of_the_table(path: Path, checkpoint: Optional[Dict[str, Any]]) -> Dict[str, Any]:
+    name = _table_name(path, checkpoint)
     cfg = timm.get_pretrained_cfg(name) if name else None
     return dict(mean=cfg.mean, std=cfg.std, input_size=cfg.input_size) if cfg else {}
 

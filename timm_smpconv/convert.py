@@ -191,7 +191,7 @@ def convert(
 def _describe_input(model: LargeKernelNet) -> Tuple[int, ...]:
     """Brings the configuration of a network in line with its arguments; returns its input size."""
     cfg = model.pretrained_cfg
-    size = (model.in_chans, *cfg['input_size'][1:])
+    size = (model.in_chans, *(getattr(model, '_traits', {}).get('img_size') or cfg['input_size'][1:]))
     cfg.update(num_classes=model.num_classes, input_size=size)
     for key in ('mean', 'std'):  # of a network of other channels, as timm's loaders read them
         if len(cfg[key]) not in (1, model.in_chans):

@@ -95,7 +95,11 @@ def _config_file(name: str, cache_dir: Optional[Union[str, Path]] = None) -> Pat
     if source == 'hf-hub':
         return hub_file(model_id, 'config.json', cache_dir)
     file = Path(model_id) / 'config.json'
-    if not file.is_file():
+    try:
+        found = file.is_file()
+    except OSError as e:
+        raise WeightsError(f'Cannot load {name}: {e.strerror or e}.') from e
+    if not found:
         raise WeightsError(f'Cannot load {name}: {file.parent} has no config.json. Make it with timm-smpconv convert.')
     return file
 

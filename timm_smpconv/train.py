@@ -18,7 +18,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import split_model_name_tag
+from timm.models import parse_model_name, split_model_name_tag
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -32,6 +32,7 @@ from .convert import config_text
 from .data import Samples
 from .factory import create_model
 from .fetch import weights_file
+from .models._base import LargeKernelNet
 from .models.smpconv_seq import change_rate
 from .predict import check_inputs
 from .recipe import Recipe, read_recipe, recipe_text, same_recipe
@@ -92,7 +93,7 @@ def _blaming(**fields: Any) -> Iterator[None]:
         yield
     except WeightsError:
         raise
-    except (TypeError, RuntimeError) as e:
+    except (TypeError, IndexError, RuntimeError) as e:
         values = ', '.join(f'{name}={value!r}' for name, value in fields.items())
         raise ValueError(f'{values} cannot work: {e}') from e
 
@@ -102,7 +103,7 @@ class _Teacher:
 
     def __init__(self, recipe: Recipe, task: Task, device: torch.device):
         name = recipe.kd_model_name
-        if task_of(name):
+        if parse_model_name(name)[0] or task_of(name):
             check_inputs(name)
         try:
             self.model = create_model(name, pretrained=True).eval().to(device)
@@ -170,7 +171,7 @@ class _Run:
     def _create_model(self, resumed: bool) -> nn.Module:
         recipe = self.recipe
         with _blaming(model=recipe.model, model_kwargs=recipe.model_kwargs):
-            return timm.create_model(
+            model = timm.create_model(
                 recipe.model,
                 pretrained=recipe.pretrained and not resumed,
                 drop_rate=recipe.drop,
@@ -178,6 +179,9 @@ class _Run:
                 input_drop_rate=recipe.input_drop_rate,
                 **recipe.model_kwargs,
             )
+        if not isinstance(model, LargeKernelNet):
+            raise ValueError(f'model_kwargs={recipe.model_kwargs!r} are not of the network itself.')
+        return model
 
     def _load_start(self, task: Task) -> Dict[str, Any]:
         """Loads the weights of a file to start from, and returns what they say of the input they are used to."""

@@ -157,12 +157,25 @@ def validate(
         WeightsError: The model has no weights.
     """
     device, task = usable_device(device), task_of(architecture_of(name))
+    own = _own_classes(name)
+    if task and own:
+        if timm.get_pretrained_cfg(architecture_of(name)).input_size[1] == 1:
+            raise ValueError(
+                f'{name} has classes of its own ({_some(own)}), of which there are no test data: only images in a '
+                f'folder for each class can be measured.'
+            )
+        task = None
     if task:
         found = samples = task.load(data_dir, False)
         if found.speakers is not None:
             weights = Path(checkpoint_path) if checkpoint_path else weights_file(name)
             samples = found[~heard(found, ancestors(weights) if weights else ())]
         if not len(samples):
+            if len(found):
+                raise ValueError(
+                    f'All {len(found)} test recordings in {data_dir} are by speakers that the weights of {name} were '
+                    f'trained on: nothing is left to measure.'
+                )
             raise ValueError(f'{data_dir} has no test data for {name}.')
         check_inputs(name, checkpoint_path, step_statistics)
         model = load_model(name, checkpoint_path).to(device)
@@ -172,7 +185,7 @@ def validate(
         predictions = evaluate(model, samples, task, progress=progress)
         left_out = len(found) - len(samples)
         return Measurement(predictions, samples.labels, class_names(model), left_out, samples.speakers)
-    dataset = _image_folder(name, Path(data_dir))
+    dataset = _image_folder(name, own, Path(data_dir))
     check_inputs(name, checkpoint_path, step_statistics)
     model = load_model(name, checkpoint_path).to(device)
     return Measurement(*_evaluate_images(model, dataset, progress), class_names(model))
@@ -199,22 +212,33 @@ class _Images(ImageDataset):
         file, target = self.reader[index]
         try:
             with file:
-                image = Image.open(file).convert('RGB')
+                image = Image.open(file).convert(self.input_img_mode)
         except Exception as e:  # Pillow fails in any way on damaged files
             raise ValueError(f'{self.filename(index)} is no readable image ({e}): remove or replace it.') from e
         return self.transform(image) if self.transform else image, target
 
 
-def _image_folder(name: str, root: Path) -> ImageDataset:
-    tag = timm.get_pretrained_cfg(architecture_of(name)).tag
-    known: List[str] = list(CLASS_NAMES.get(tag, ())) or ImageNetInfo().label_names()
-    if parse_model_name(name)[0]:
-        config = read_config(name)
-        own = config.get('label_names') or config.get('pretrained_cfg', {}).get('label_names')
-        if own or config.get('num_classes') != len(known):
-            if not own:
-                raise ValueError(f'{name} does not name its classes: convert it with label_names.')
-            tag, known = '', [str(label) for label in own]
+def _own_classes(name: str) -> Optional[List[str]]:
+    """Names of the classes of a model of the Hub or of a folder; None if they are those of the registered model.
+
+    Raises:
+        ValueError: They are others, and have no names.
+    """
+    if not parse_model_name(name)[0]:
+        return None
+    config, registered = read_config(name), timm.get_pretrained_cfg(architecture_of(name))
+    own = config.get('label_names') or config.get('pretrained_cfg', {}).get('label_names')
+    if not own:
+        if config.get('num_classes', registered.num_classes) != registered.num_classes:
+            raise ValueError(f'{name} does not name its classes: convert it with label_names.')
+        return None
+    own = [str(label) for label in own]
+    return None if own == list(CLASS_NAMES.get(registered.tag, ())) else own
+
+
+def _image_folder(name: str, own: Optional[List[str]], root: Path) -> ImageDataset:
+    tag = '' if own else timm.get_pretrained_cfg(architecture_of(name)).tag
+    known: List[str] = own or list(CLASS_NAMES.get(tag, ())) or ImageNetInfo().label_names()
     choices = ('cifar10/test',) * (tag in CLASS_NAMES) + ('test', 'val', 'validation', '')
     indices: Dict[str, int] = {label: i for i, label in enumerate(known)}
     for folder in (root / choice for choice in choices):
@@ -243,6 +267,7 @@ def _some(names: List[str]) -> str:
 
 def _evaluate_images(model: nn.Module, dataset: ImageDataset, progress: bool) -> Tuple[torch.Tensor, torch.Tensor]:
     cfg = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+    dataset.input_img_mode = 'L' if cfg['input_size'][0] == 1 else 'RGB'
     pixels = 100_000 if next(model.parameters()).device.type == 'cpu' else 6_400_000  # of a batch
     loader = create_loader(
         dataset,
