@@ -911,3 +911,6 @@ def test_small_versions_notice_their_kernels(name):
 def test_unknown_arguments_name_the_network(name):
     with pytest.raises(TypeError, match=r'^(SMPConv|SMPConvCifar|SMPConvSeq|PeLK)\.__init__.*bn_eps'):
         build(name, bn_eps=1e-3)
+    if not build(name, device='meta').pretrained_cfg['fixed_input_size']:
+        with pytest.raises(TypeError, match='img_size'):
+            build(name, img_size=64)
