@@ -123,6 +123,7 @@ def test_defaults(layer, points, radius):
         (lambda: SMPConv2d(4, 4, 7, stride=2), ('stride=(1, 1)', '2')),
         (lambda: SMPConv1d(4, 4, 7, 1, 3), ('padding=(0,)', '3')),
         (lambda: SMPConv1d(4, 4, 7, groups=4), ('one group', '4')),
+        (lambda: SMPConv1d(4, 4, (7, 9)), ('number of taps', '(7, 9)')),
         (lambda: PeripheralConv2d(4, 4, 7, 1, 3, 2, groups=4), ('dilation=(1, 1)', '2')),
         (lambda: PeripheralConv2d(4, 4, (7, 9), groups=4), ('square', '(7, 9)')),
     ],

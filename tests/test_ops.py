@@ -15,6 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 from timm_smpconv import ops
 from timm_smpconv.layers import LargeConv2d
 from timm_smpconv.ops import dft, direct, fft, reference
+from timm_smpconv.ops.context import to_channels_last
 
 BACKENDS = ops.available_backends()
 OTHERS = [backend for backend in BACKENDS if backend != 'reference']
@@ -689,6 +690,26 @@ def test_compile_for_any_size():
         compiled = torch.compile(run, backend='aot_eager', dynamic=True)
         got, wanted = (torch.autograd.grad(f(x, *weights), (x, *weights)) for f in (compiled, run))
     assert all(relative_error(a, b) < BACKWARD[torch.float32] for a, b in zip(got, wanted))
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='torch 2.6 compiles the choice')
+@pytest.mark.parametrize('layout', ['contiguous', 'last', 'sliced', 'expanded'])
+@pytest.mark.parametrize('op', sorted(OPS))
+@torch.no_grad()
+def test_compiled_inference(op, layout):
+    """By an operator whose result has the strides that the compiler has been told."""
+    x, weight, bias = make_case(op, 2, 3, 3, (12, 9), (5, 4), torch.float32)
+    if layout == 'last':
+        x = to_channels_last(x, x.dtype)
+    elif layout == 'sliced':
+        x = torch.cat([x, x], -1)[..., : x.shape[-1]]
+    elif layout == 'expanded':
+        x = x[:1].expand(2, *x.shape[1:])
+    torch.compiler.reset()
+    compiled = torch.compile(OPS[op], fullgraph=True, backend='aot_eager')
+    assert relative_error(compiled(x, weight, bias), torch_result(op, x, weight, bias)) < FORWARD[torch.float32]
+    arguments = (x, weight, bias, op == 'depthwise', layout == 'last')
+    torch.library.opcheck(torch.ops.timm_smpconv.correlate.default, arguments)
 
 
 @pytest.mark.parametrize('backend', OTHERS)

@@ -387,7 +387,9 @@ def test_recordings_that_weights_have_heard(tmp_path):
     other.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # of the same size
     again = tmp_path / 'again.pth'
     torch.save(dict(state_dict=load_file(bundled)), again)
-    for path in (bundled, copy, again):
+    half = tmp_path / 'half.safetensors'
+    save_file({key: t.half() if t.is_floating_point() else t for key, t in load_file(bundled).items()}, half)
+    for path in (bundled, copy, again, half):
         assert heard(samples, ancestors(path)).tolist() == [True, False, True, True]
     for path in (other, tmp_path / 'absent', bundled_path('smpconv_seq_mnist.smnist')):
         assert heard(samples, ancestors(path)).tolist() == [False] * 4

@@ -215,7 +215,7 @@ def carried_settings(
     """What a file of weights says of the input it was trained on.
 
     `timm-smpconv train` writes it into weights and checkpoint; the weights in a folder for the Hub have a config.json
-    beside them; the bundled weights are known by their hash.
+    beside them; the bundled weights are known by their values.
 
     Args:
         path: File of weights, of any format.
@@ -294,7 +294,10 @@ def _table_name(path: Path, checkpoint: Optional[Dict[str, Any]]) -> Optional[st
     sha256 = file_sha256(path) if alike else None
     found = next((name for name in alike if WEIGHTS[name].sha256 == sha256), None)
     if found is None:
-        state_dict = _state_dict(read_checkpoint(path) if checkpoint is None else checkpoint, str(path))
+        try:
+            state_dict = _state_dict(read_checkpoint(path) if checkpoint is None else checkpoint, str(path))
+        except CheckpointError:  # whoever loads it says more
+            return None
         found = next((name for name in WEIGHTS if _is_bundled(state_dict, name)), None)
     return found
 
@@ -303,11 +306,19 @@ def _is_bundled(state_dict: Dict[str, Any], name: str) -> bool:
     bundled = bundled_path(name)
     if bundled is None:
         return False
-    with safe_open(bundled, 'pt') as file:  # one after the other: the first that differs is enough
-        return set(file.keys()) == state_dict.keys() and all(
-            isinstance(state_dict[key], torch.Tensor) and torch.equal(state_dict[key], file.get_tensor(key))
-            for key in file.keys()
-        )
+    try:
+        with safe_open(bundled, 'pt') as file:  # one after the other: the first that differs is enough
+            return set(file.keys()) == state_dict.keys() and all(
+                _is_same(state_dict[key], file.get_tensor(key)) for key in file.keys()
+            )
+    except (OSError, SafetensorError):  # damaged, of which it is told where it is wanted
+        return False
+
+
+def _is_same(saved: torch.Tensor, bundled: torch.Tensor) -> bool:
+    """Whether a tensor is a bundled one, perhaps of another precision."""
+    alike = saved.dtype == bundled.dtype or {saved.dtype, bundled.dtype} <= set(FLOATS)
+    return alike and torch.equal(saved, bundled.to(saved.dtype))
 
 
 def _of_the_table(path: Path, checkpoint: Optional[Dict[str, Any]]) -> Dict[str, Any]:

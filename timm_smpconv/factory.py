@@ -96,11 +96,13 @@ def _config_file(name: str, cache_dir: Optional[Union[str, Path]] = None) -> Pat
         return hub_file(model_id, 'config.json', cache_dir)
     file = Path(model_id) / 'config.json'
     try:
-        found = file.is_file()
+        file.stat()
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise WeightsError(
+            f'Cannot load {name}: {file.parent} has no config.json. Make it with timm-smpconv convert.'
+        ) from e
     except OSError as e:
         raise WeightsError(f'Cannot load {name}: {e.strerror or e}.') from e
-    if not found:
-        raise WeightsError(f'Cannot load {name}: {file.parent} has no config.json. Make it with timm-smpconv convert.')
     return file
 
 

@@ -150,7 +150,7 @@ def check_inputs(name: str, checkpoint_path: Optional[Union[str, Path]] = None, 
     Weights that do not say it are reported in the log.
 
     Args:
-        name: `name` or `name.tag` of a model of this package.
+        name: `name` or `name.tag` of a model of this package, `hf-hub:ORG/NAME` or `local-dir:FOLDER`.
         checkpoint_path: Weights to use in place of the model's own.
         step_statistics: They are taken for the authors'.
 

@@ -141,8 +141,8 @@ def validate(
 
     Args:
         name: `name` or `name.tag` of a model of this package, `hf-hub:ORG/NAME` or `local-dir:FOLDER`.
-        data_dir: What `timm-smpconv data` made; for ImageNet and CIFAR-10 a folder of class folders, or one that holds
-            it as test, val, validation or cifar10/test.
+        data_dir: What `timm-smpconv data` made; for ImageNet, CIFAR-10 and images with classes of one's own a folder of
+            class folders, or one that holds it as test, val, validation or cifar10/test.
         checkpoint_path: Weights to use in place of the model's own.
         progress: Show a progress bar.
         step_statistics: Normalise the inputs in each time step, with statistics of the training data in `data_dir`, as
@@ -150,9 +150,9 @@ def validate(
         device: Device to compute on.
 
     Raises:
-        ValueError: The model or the device is unknown, weights or data do not fit, or an image cannot be read; or
-            step_statistics for a model whose inputs the authors normalise as this package does, or for weights of this
-            package.
+        ValueError: The model or the device is unknown, weights, classes or data do not fit, no recordings are left, or
+            an image cannot be read; or step_statistics for a model whose inputs the authors normalise as this package
+            does, or for weights of this package.
         FileNotFoundError: The data are not there.
         WeightsError: The model has no weights.
     """

@@ -377,9 +377,10 @@ class SMPConv1d(_RenderedConv):
             ValueError: Another stride, padding, dilation or number of groups, or a value out of range.
         """
         _check_causal(self, stride, padding, dilation, groups)
-        (kernel_size,) = to_ntuple(1)(kernel_size)
-        if kernel_size < 1:
+        size = to_ntuple(1)(kernel_size)
+        if len(size) != 1 or size[0] < 1:
             raise ValueError(f'kernel_size must be a positive number of taps, got {kernel_size}.')
+        kernel_size = size[0]
         kernel = SMPKernel(
             in_chs,
             out_chs,

@@ -16,7 +16,7 @@ __all__ = ['RenderedKernel', 'SMPKernel', 'no_weight_decay']
 _SUPPORT_STEP = 32  # taps by which rendered causal kernels differ in length
 _MIN_SPARSITY = 4  # taps for one that a point may reach, from which they are better looked up
 # what a kernel is computed by
-_COMPUTING = ('forward', 'radius', '_render', '_render_full_precision', '_reach_of_few_taps')
+_COMPUTING = ('forward', 'radius', '_render', '_render_full_precision', '_reach_of_few_taps', '_widen')
 
 
 def _check_positive(name: str, value: float) -> None:

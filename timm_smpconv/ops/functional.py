@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 
 from . import dft, direct, fft, reference
-from .context import Keep, has_tensor_cores, is_channels_last, is_exporting, is_transformed
+from .context import Keep, has_tensor_cores, is_channels_last, is_exporting, is_transformed, to_channels_last
 
 __all__ = [
     'available_backends',
@@ -391,11 +391,11 @@ def _is_left_whole(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.T
 def _correlate_whole(
     x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], depthwise: bool, last: bool
 ) -> torch.Tensor:
-    return _correlate(x, weight, bias, depthwise).contiguous(memory_format=_format(last))
+    return _in_format(_correlate(x, weight, bias, depthwise), last)
 
 
-def _format(last: bool) -> torch.memory_format:
-    return torch.channels_last if last else torch.contiguous_format
+def _in_format(y: torch.Tensor, last: bool) -> torch.Tensor:
+    return to_channels_last(y, y.dtype) if last else y.contiguous()
 
 
 _correlate_op = torch.library.custom_op('timm_smpconv::correlate', _correlate_whole, mutates_args=())
@@ -403,8 +403,7 @@ _correlate_op = torch.library.custom_op('timm_smpconv::correlate', _correlate_wh
 
 @_correlate_op.register_fake
 def _(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], depthwise: bool, last: bool) -> torch.Tensor:
-    shape = (x.shape[0], weight.shape[0], *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(last))
+    return _in_format(x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:]), last)
 
 
 def _keep_rounded(keep: Keep, dtype: torch.dtype, key: Hashable, numbers: int, compute: Callable[[], Any]) -> Any:
