@@ -160,7 +160,7 @@ def _add_validate(commands: Any) -> None:
     )
     command.set_defaults(run=_validate)
     _add_model(command)
-    _add_data_dir(command, "what 'timm-smpconv data' made, or a folder of class folders (ImageNet, CIFAR-10)")
+    _add_data_dir(command, "what 'timm-smpconv data' made, or a folder of class folders (ImageNet, CIFAR-10, your own)")
     command.add_argument(
         '--step-statistics',
         action='store_true',
