@@ -20,7 +20,7 @@ import sys
 import time
 import types
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Tuple
 
 import timm
 import torch
@@ -49,9 +49,15 @@ from timm_smpconv.models.smpconv import ConvFFN, LargeKernelBlock, SMPConvStage,
 Run = Callable[[], object]
 
 
-def plain_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], groups: int) -> torch.Tensor:
-    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-    return F.conv2d(x.contiguous(), weight, bias, padding=padding, groups=groups)
+def plain_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    groups: int,
+    dilation: Tuple[int, int] = (1, 1),
+) -> torch.Tensor:
+    padding = (weight.shape[2] // 2 * dilation[0], weight.shape[3] // 2 * dilation[1])
+    return F.conv2d(x.contiguous(), weight, bias, padding=padding, dilation=dilation, groups=groups)
 
 
 def plain_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
@@ -67,7 +73,7 @@ def plain_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Ten
 
 def plain_peripheral_conv2d(m: nn.Module, x: torch.Tensor, pos_embed: Optional[torch.Tensor] = None) -> torch.Tensor:
     kernel = m.kernel()
-    return plain_conv2d(x, kernel, m._total_bias(kernel, pos_embed, m.bias), x.shape[1])
+    return plain_conv2d(x, kernel, m._total_bias(kernel, pos_embed, m.bias), x.shape[1], m.dilation)
 
 
 def plain_pelk_block(m: nn.Module, x: torch.Tensor, pos_embed: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -86,9 +92,9 @@ def plain_pelk_stage(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def make_plain(model: nn.Module) -> nn.Module:
     """Replaces the forward passes of all convolutions of this package, in place."""
     forwards: Dict[type, Callable[..., torch.Tensor]] = {
-        SMPConv2d: lambda m, x: plain_conv2d(x, m.kernel(), m.bias, x.shape[1] if m.depthwise else 1),
+        SMPConv2d: lambda m, x: plain_conv2d(x, m.kernel(), m.bias, x.shape[1] if m.depthwise else 1, m.dilation),
         SMPConv1d: lambda m, x: plain_conv1d(x, m.kernel(), m.bias),
-        LargeConv2d: lambda m, x: plain_conv2d(x, m.weight, m.bias, m.groups),
+        LargeConv2d: lambda m, x: plain_conv2d(x, m.weight, m.bias, m.groups, m.dilation),
         PointwiseConv2d: lambda m, x: m._conv_forward(x, m.weight, m.bias),
         CausalConv1d: lambda m, x: plain_conv1d(x, m.weight, m.bias),
         PeripheralConv2d: plain_peripheral_conv2d,
@@ -186,21 +192,33 @@ def convolution(
     return run
 
 
-def op_case(channels: int, size: int, kernel: int, train: bool, goal: str = '') -> Case:
-    def make(convolve: Callable[..., torch.Tensor], backend: Optional[str] = None) -> Run:
-        x = torch.randn(8, channels, size, size)
+def op_case(channels: int, size: int, kernel: int, train: bool, goal: str = '', dilation: int = 1) -> Case:
+    def make(
+        convolve: Callable[..., torch.Tensor],
+        backend: Optional[str] = None,
+        fmt: torch.memory_format = torch.contiguous_format,
+    ) -> Run:
+        x = torch.randn(8, channels, size, size).to(memory_format=fmt)
         return convolution(convolve, x, torch.randn(channels, 1, kernel, kernel), train, backend)
 
-    def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return plain_conv2d(x, weight, None, channels)
+    def torch_conv(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, weight, padding=kernel // 2 * dilation, dilation=dilation, groups=channels)
+
+    def ours(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return ops.depthwise_conv2d(x, weight, None, (dilation, dilation))
 
     paths = {
-        'plain': lambda: make(plain),
-        'chosen': lambda: make(ops.depthwise_conv2d),
-        'direct': lambda: make(ops.depthwise_conv2d, 'direct'),
-        'fft': lambda: make(ops.depthwise_conv2d, 'fft'),
+        'plain': lambda: make(torch_conv),
+        'chosen': lambda: make(ours),
+        'direct': lambda: make(ours, 'direct'),
+        'fft': lambda: make(ours, 'fft'),
     }
-    return Case(f'op-{"train" if train else "infer"}-{channels}x{size}x{size}-k{kernel}-b8', paths, goal)
+    kind, shape = 'train' if train else 'infer', f'{channels}x{size}x{size}-k{kernel}'
+    if dilation == 1:
+        return Case(f'op-{kind}-{shape}-b8', paths, goal)
+    paths['plain channels_last'] = lambda: make(torch_conv, fmt=torch.channels_last)
+    paths['chosen channels_last'] = lambda: make(ours, fmt=torch.channels_last)
+    return Case(f'dilated-{kind}-{shape}-d{dilation}-b8', paths, goal)
 
 
 def model_case(kind: str, name: str, batch: int, goal: str = '', peer: Optional[str] = None, **kwargs) -> Case:
@@ -235,7 +253,8 @@ def model_case(kind: str, name: str, batch: int, goal: str = '', peer: Optional[
             paths['chosen bfloat16 channels_last'] = lambda: build(False, name, torch.channels_last, torch.bfloat16)
         paths[peer] = lambda: build(False, peer)
         paths[f'{peer} channels_last'] = lambda: build(False, peer, torch.channels_last)
-    return Case(f'{kind}-{name}-b{batch}', paths, goal)
+    suffix = ''.join(f'-{key}{value}' for key, value in kwargs.items())
+    return Case(f'{kind}-{name}-b{batch}{suffix}', paths, goal)
 
 
 def deformable_case() -> Case:
@@ -354,9 +373,14 @@ def cpu_cases() -> List[Case]:
         op_case(192, 28, 29, True),
         op_case(384, 14, 27, True),
         op_case(768, 7, 13, True),
+        op_case(768, 14, 13, False, dilation=2),
+        op_case(384, 28, 27, False, dilation=2),
+        op_case(768, 14, 13, True, dilation=2),
+        op_case(384, 28, 27, True, dilation=2),
         deformable_case(),
         model_case('deployed', 'smpconv_tiny', 8, '5 x, bfloat16 9 x, convnext_tiny 1 x', 'convnext_tiny'),
         model_case('deployed', 'smpconv_tiny', 1, '4 x', 'convnext_tiny'),
+        model_case('deployed', 'smpconv_tiny', 8, '', 'convnext_tiny', output_stride=16),
         model_case('eval', 'smpconv_tiny', 8, '4.5 x', 'convnext_tiny'),
         model_case('deployed', 'smpconv_cifar', 1),
         model_case('deployed', 'smpconv_cifar', 8),

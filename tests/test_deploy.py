@@ -194,8 +194,14 @@ def test_dilated_small_kernels():
     torch.testing.assert_close(wanted, block.large_norm(block.large(x)) + block.small_norm(dilated))
     with torch.no_grad():
         torch.testing.assert_close(block(x), wanted)
-    with pytest.raises(RuntimeError, match='must pad with zeros, to the same size'):
+    with pytest.raises(RuntimeError, match=r'with the dilation of the large one, \(1, 1\)'):
         block.fuse()
+    block.large.dilation = (2, 2)
+    wanted = block(x)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), wanted)
+        torch.testing.assert_close(block.fuse()(x), wanted)
+    block.large.dilation = (1, 1)
     block.small.dilation, block.small.padding = (1, 1), (0, 0)
     assert block.small(x).shape[2:] == (12, 12)
 
@@ -382,6 +388,7 @@ def test_half_precision(name, dtype, tolerance):
         (lambda: RepSMPConv2d(3, 5, 1, small_kernel_size=1), (2, 3, 9, 20)),
         (lambda: RepSMPConv2d(1, 1, 7, small_kernel_size=3, groups=1), (2, 1, 9, 20)),
         (lambda: RepSMPConv2d(3, 5, (3, 9), small_kernel_size=5), (2, 3, 9, 20)),
+        (lambda: RepSMPConv2d(6, 6, 13, dilation=3, groups=6), (2, 6, 9, 20)),
         (lambda: RepSMPConv1d(3, 4, 50, large_bias=True, radius=0.1), (2, 3, 64)),
         (lambda: RepSMPConv1d(3, 4, 51, radius=0.1), (2, 3, 20)),
         (lambda: RepSMPConv1d(3, 4, 2, small_kernel_size=5), (2, 3, 20)),

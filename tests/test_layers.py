@@ -124,7 +124,10 @@ def test_defaults(layer, points, radius):
         (lambda: SMPConv1d(4, 4, 7, 1, 3), ('padding=(0,)', '3')),
         (lambda: SMPConv1d(4, 4, 7, groups=4), ('one group', '4')),
         (lambda: SMPConv1d(4, 4, (7, 9)), ('number of taps', '(7, 9)')),
-        (lambda: PeripheralConv2d(4, 4, 7, 1, 3, 2, groups=4), ('dilation=(1, 1)', '2')),
+        (lambda: PeripheralConv2d(4, 4, 7, 1, 3, 2, groups=4), ('padding=(6, 6)', '3')),
+        (lambda: SMPConv2d(4, 4, 7, dilation=0, groups=4), ('dilation', '(0, 0)')),
+        (lambda: LargeConv2d(4, 4, 7, dilation=(1, -1)), ('dilation', '(1, -1)')),
+        (lambda: SMPConv1d(4, 4, 7, 1, 0, 2), ('dilation=(1,)', '2')),
         (lambda: PeripheralConv2d(4, 4, (7, 9), groups=4), ('square', '(7, 9)')),
     ],
 )
@@ -132,6 +135,26 @@ def test_arguments_that_cannot_work(layer, words):
     with pytest.raises(ValueError) as e:
         layer()
     assert all(word in str(e.value) for word in words), e.value
+
+
+@pytest.mark.parametrize('make', [SMPConv2d, PeripheralConv2d, LargeConv2d])
+@pytest.mark.parametrize('groups', [1, 4])
+@pytest.mark.parametrize('dilation', [2, (3, 1)])
+def test_dilation(make, groups, dilation):
+    """With the taps as far apart as in torch's convolution, which the deployed layer says it is."""
+    layer = make(4, 4, 7, dilation=dilation, groups=groups).double()
+    if make is SMPConv2d:
+        spread(layer)
+    x = torch.randn(2, 4, 12, 9, dtype=torch.float64)
+    weight = layer.weight if make is LargeConv2d else layer.kernel()
+    pair = (dilation, dilation) if isinstance(dilation, int) else dilation
+    padding = tuple(3 * d for d in pair)
+    wanted = F.conv2d(x, weight, layer.bias, padding=padding, dilation=pair, groups=groups)
+    assert relative_error(layer(x), wanted) < 1e-10
+    deployed = layer if make is LargeConv2d else layer.eval().fuse()
+    assert (deployed.dilation, deployed.padding) == (pair, padding)
+    assert relative_error(deployed(x), wanted) < 1e-10
+    assert relative_error(nn.Conv2d.forward(deployed, x), wanted) < 1e-10
 
 
 def test_arguments_of_torch():
@@ -405,7 +428,7 @@ def test_adapters_make_convolutions_like_these(layer, x):
     wanted = make(4, 6, layer.kernel_size, bias=False)
     wanted.weight.data = torch.einsum('or,ri...->oi...', up.weight.flatten(1), down.weight).data
     torch.testing.assert_close(up(down(x)), wanted(x), rtol=1e-4, atol=1e-5)
-    for wrong in (dict(stride=2), dict(padding=3), dict(dilation=2)):
+    for wrong in (dict(stride=2), dict(padding=3), *([] if make is LargeConv2d else [dict(dilation=2)])):
         with pytest.raises(ValueError, match=f'{make.__name__} has {next(iter(wrong))}='):
             make(4, 3, layer.kernel_size, **wrong)
 

@@ -202,6 +202,49 @@ def test_features_only(name, x):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize('name', IMAGENET)
+@torch.no_grad()
+def test_output_stride(name):
+    """The same weights make larger maps, in which every second, fourth or eighth row and column is what it was."""
+    model = randomize_norms(build(name, num_classes=0)).double().eval()
+    x = torch.randn(1, 3, 64, 32, dtype=torch.float64)
+    wanted = model.forward_intermediates(x, intermediates_only=True)
+    for stride in (32, 16, 8):
+        other = build(name, num_classes=0, output_stride=stride).double().eval()
+        other.load_state_dict(model.state_dict())
+        assert [info['reduction'] for info in other.feature_info] == [min(r, stride) for r in (4, 8, 16, 32)]
+        deployed = copy.deepcopy(other).reparameterize()
+        again = build(name, num_classes=0, output_stride=stride, inference_mode=True).double().eval()
+        again.load_state_dict(deployed.state_dict())
+        maps = [m.forward_intermediates(x, intermediates_only=True) for m in (other, deployed, again)]
+        for i, whole in enumerate(wanted):
+            step = 4 * 2**i // min(4 * 2**i, stride)
+            for each in maps:
+                assert each[i].shape[2:] == (step * whole.shape[2], step * whole.shape[3])
+                assert relative_error(each[i][:, :, ::step, ::step], whole) < 1e-10
+
+
+@pytest.mark.parametrize('name', [name for name in SMALL if name in IMAGENET])
+def test_output_stride_elsewhere(name):
+    """Feature maps, training, scripts, exports."""
+    backbone = timm.create_model(name, **SMALL[name], features_only=True, output_stride=4)
+    assert backbone.feature_info.reduction() == [4, 4]
+    x = torch.randn(2, 3, 32, 24)
+    maps = backbone(x)
+    assert [tuple(y.shape[2:]) for y in maps] == [(8, 6), (8, 6)]
+    maps[-1].square().mean().backward()
+    assert all(p.grad is not None for p in backbone.parameters())
+    model = small_model(name, output_stride=4)
+    with torch.no_grad():
+        wanted = model(x)
+        torch.testing.assert_close(torch.jit.script(model)(x), wanted, rtol=1e-3, atol=1e-4)
+        exported = torch.export.export(model, (x,)).module()
+        torch.testing.assert_close(exported(x), wanted, rtol=1e-3, atol=1e-4)
+    for wrong in (2, 12, 64):
+        with pytest.raises(ValueError, match=f'output_stride must be 4, 8, 16 or 32.*got {wrong}'):
+            timm.create_model(name, output_stride=wrong)
+
+
 def test_feature_networks_keep_the_stem_whole():
     """Taken apart, its convolutions would see contiguous maps, which are slow, and whole batches."""
     model = timm.create_model('smpconv_mobile31', features_only=True).eval()

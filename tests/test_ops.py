@@ -1,6 +1,7 @@
 """Every backend against the reference backend, and the reference backend against torch in float64."""
 
 import math
+import re
 import runpy
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from hypothesis import given, strategies as st
 from synth import relative_error
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from timm_smpconv import ops
-from timm_smpconv.layers import LargeConv2d
+from timm_smpconv.layers import KernelCache, LargeConv2d
 from timm_smpconv.ops import dft, direct, fft, reference
 from timm_smpconv.ops.context import to_channels_last
 
@@ -102,6 +104,104 @@ def test_backends_agree(backend, dtype, op, batch, in_chs, out_chs, spatial, tap
     assert got[0].dtype == dtype
     assert close(got[0], wanted[0], FORWARD[dtype])
     assert all(close(a, b, BACKWARD[dtype]) for a, b in zip(got[1:], wanted[1:]))
+
+
+def dilated(op, dilation):
+    """The operation of this package and that of torch, with a dilation."""
+
+    def torch_op(x, weight, bias):
+        padding = [k // 2 * d for k, d in zip(weight.shape[2:], dilation)]
+        groups = x.shape[1] if op == 'depthwise' else 1
+        return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=groups)
+
+    return lambda x, weight, bias: OPS[op](x, weight, bias, dilation), torch_op
+
+
+@pytest.mark.parametrize('backend', [*BACKENDS, None])
+@given(
+    **{
+        **shapes,
+        'op': st.sampled_from(['dense', 'depthwise']),
+        'taps': st.tuples(st.integers(0, 3), st.integers(0, 3)),
+        'dilation': st.tuples(st.integers(1, 5), st.integers(1, 5)),
+        'last': st.booleans(),
+    }
+)
+def test_dilation(backend, op, dilation, last, batch, in_chs, out_chs, spatial, taps, bias, seed):
+    """Distances that divide the sides of a map or do not, or are larger: torch's own, in the memory format of x."""
+    x, weight, b = make_case(op, batch, in_chs, out_chs, spatial, taps, seed=seed, bias=bias)
+    x = x.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    function, torch_function = dilated(op, dilation)
+    wanted = with_gradients(torch_function, (x, weight, b))
+    with ops.use_backend(backend):
+        got = with_gradients(function, (x, weight, b))
+    assert all(close(a, g, 1e-10) for a, g in zip(got, wanted))
+
+
+@pytest.mark.parametrize('op', ['dense', 'depthwise'])
+@pytest.mark.parametrize('last', [False, True])
+def test_dilation_keeps_the_memory_format(op, last):
+    x, weight, bias = make_case(op, 2, 6, 6, (11, 14), (3, 3), torch.float32)
+    x = to_channels_last(x, x.dtype) if last else x
+    y = dilated(op, (2, 3))[0](x, weight, bias)
+    assert y.stride(1) == 1 if last else y.stride(3) == 1
+
+
+@pytest.mark.parametrize('op', ['dense', 'depthwise'])
+def test_dilation_elsewhere(op):
+    """Under autocast, in torch.func, twice differentiated, and with kept spectra."""
+    args = make_case(op, 2, 4, 4, (13, 10), (4, 3))
+    function, torch_function = dilated(op, (3, 2))
+    wanted = torch_function(*args)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        y = function(*(a.float() for a in args))
+    assert y.dtype == torch.bfloat16 and relative_error(y.double(), wanted) < 3e-2
+    each = torch.func.vmap(function, in_dims=(0, None, None))(args[0].unsqueeze(1), *args[1:])
+    torch.testing.assert_close(each.squeeze(1), wanted)
+    small = make_case(op, 1, 2, 2, (5, 4), (1, 1))
+    small = [a.requires_grad_() for a in small]
+    assert torch.autograd.gradgradcheck(dilated(op, (2, 2))[0], small)
+    cache = KernelCache()
+    with torch.no_grad(), ops.use_backend('fft'):
+        for x in (args[0], args[0] + 1):
+            y = OPS[op](x, *args[1:], (3, 2), cache.keep(args[1]))
+            torch.testing.assert_close(y, torch_function(x, *args[1:]))
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='torch 2.6 cannot tell export from compilation')
+@pytest.mark.parametrize('op', ['dense', 'depthwise'])
+def test_compiled_and_exported_dilation(op):
+    """Compiled once for all sizes; exported as the convolution of torch."""
+    args = make_case(op, 2, 4, 4, (13, 10), (4, 3))
+    function, torch_function = dilated(op, (3, 2))
+    counter = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
+    for size in ((13, 10), (9, 20), (12, 12)):
+        x = args[0].new_ones(2, 4, *size).cumsum(2).sin()
+        torch.testing.assert_close(compiled(x, *args[1:]), torch_function(x, *args[1:]))
+    assert counter.frame_count == 1
+    exported = torch.export.export(Wrapped(function), args)
+    torch.testing.assert_close(exported.module()(*args), torch_function(*args))
+    (node,) = [node for node in exported.graph.nodes if node.op == 'call_function']
+    assert node.target is torch.ops.aten.conv2d.default
+
+
+def test_dilations_that_cannot_work():
+    x, weight = torch.randn(1, 2, 5, 5), torch.randn(2, 1, 3, 3)
+    for dilation in ((0, 1), (1, -2), (1,), (1, 2, 3)):
+        with pytest.raises(ValueError, match=re.escape(f'positive numbers, (rows, columns), got {dilation}')):
+            ops.depthwise_conv2d(x, weight, None, dilation)
+    with pytest.raises(ValueError, match='one step or pixel'):
+        ops.depthwise_conv2d(x[:, :, :0], weight, None, (2, 2))
+
+
+class Wrapped(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
 
 
 def test_sequences_in_bfloat16_with_amx(monkeypatch):
@@ -708,8 +808,9 @@ def test_compiled_inference(op, layout):
     torch.compiler.reset()
     compiled = torch.compile(OPS[op], fullgraph=True, backend='aot_eager')
     assert relative_error(compiled(x, weight, bias), torch_result(op, x, weight, bias)) < FORWARD[torch.float32]
-    arguments = (x, weight, bias, op == 'depthwise', layout == 'last')
-    torch.library.opcheck(torch.ops.timm_smpconv.correlate.default, arguments)
+    for dilation in [[1]] if op == 'causal' else [[1, 1], [2, 3]]:
+        arguments = (x, weight, bias, dilation, op == 'depthwise', layout == 'last')
+        torch.library.opcheck(torch.ops.timm_smpconv.correlate.default, arguments)
 
 
 @pytest.mark.parametrize('backend', OTHERS)

@@ -1,6 +1,6 @@
 """Drop-in convolution layers: a kernel module renders weights, an op convolves."""
 
-from typing import Any, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ _LONG = 64  # taps from which it pays to look for zeros
 
 @register_notrace_module
 class LargeConv2d(DropsCaches, nn.Conv2d):
-    """An nn.Conv2d with stride 1 and padding k // 2, dense or depthwise, that convolves through `ops`."""
+    """An nn.Conv2d, dense or depthwise, with outputs as large as its inputs, that convolves through `ops`."""
 
     def __init__(
         self,
@@ -50,19 +50,19 @@ class LargeConv2d(DropsCaches, nn.Conv2d):
             in_chs: Input channels.
             out_chs: Output channels.
             kernel_size: Taps, odd; one number or (height, width).
-            stride, padding, dilation: As for nn.Conv2d, for code that makes another convolution like this one
-                (adapters): 1, k // 2 (None too) and 1.
+            stride, padding: As for nn.Conv2d, for code that makes another convolution like this one (adapters): 1 and
+                dilation * (k // 2) (None too).
+            dilation: Distance of neighbouring taps; one number or (rows, columns).
             groups: 1 for a dense convolution, in_chs = out_chs for a depthwise one.
             bias: Add a bias.
 
         Raises:
-            ValueError: An even kernel size, channels that do not fit, or another stride, padding or dilation.
+            ValueError: An even kernel size, channels that do not fit, a dilation below 1, or another stride or padding.
         """
         size = to_2tuple(kernel_size)
         _check_conv2d(in_chs, out_chs, size, groups)
-        _check_same(self, size, stride, padding, dilation)
-        half = tuple(k // 2 for k in size)
-        super().__init__(in_chs, out_chs, size, padding=half, groups=groups, bias=bias, device=device, dtype=dtype)
+        geometry = _same_geometry(self, size, stride, padding, dilation)
+        super().__init__(in_chs, out_chs, size, **geometry, groups=groups, bias=bias, device=device, dtype=dtype)
         self._kept = KernelCache()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -73,9 +73,9 @@ class LargeConv2d(DropsCaches, nn.Conv2d):
 
     @torch.jit.unused
     def is_same(self) -> bool:
-        """Whether it still pads with zeros to the same size, without strides and holes: code can change attributes."""
-        half = tuple(k // 2 for k in self.kernel_size)
-        return (self.padding_mode, self.padding, self.stride, self.dilation) == ('zeros', half, (1, 1), (1, 1))
+        """Whether it still pads with zeros to the same size, without strides: code can change attributes."""
+        same = _same_padding(self.kernel_size, self.dilation)
+        return (self.padding_mode, self.padding, self.stride) == ('zeros', same, (1, 1))
 
     @torch.jit.unused
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ class LargeConv2d(DropsCaches, nn.Conv2d):
         if not self.is_same():
             return self._conv_forward(x, weight, self.bias)
         convolve = ops.conv2d if self.groups == 1 else ops.depthwise_conv2d
-        return convolve(x, weight, self.bias, self._kept.keep(weight))
+        return convolve(x, weight, self.bias, self.dilation, self._kept.keep(weight))
 
 
 @register_notrace_module
@@ -122,7 +122,7 @@ class PointwiseConv2d(nn.Conv2d):
                 f'PointwiseConv2d has 1 x 1 taps and one group, got {kernel_size} and {groups}: torch.nn has layers '
                 f'for others.'
             )
-        _check_geometry(self, stride, padding, dilation, (0, 0))
+        _check_geometry(self, stride=(stride, (1, 1)), padding=(padding, (0, 0)), dilation=(dilation, (1, 1)))
         super().__init__(in_chs, out_chs, 1, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -204,6 +204,7 @@ class _RenderedConv(DropsCaches):
 
     plain: Type[Union[CausalConv1d, LargeConv2d]]  # with a dense kernel
     depthwise = False
+    dilation = (1,)
 
     def __init__(self, kernel: RenderedKernel, bias: bool, device=None, dtype=None):
         """
@@ -235,7 +236,8 @@ class _RenderedConv(DropsCaches):
         groups = dict(groups=out_chs) if self.depthwise else {}
         dd = dict(device=weight.device, dtype=weight.dtype)
         in_chs = out_chs if self.depthwise else in_chs
-        conv = skip_init(self.plain, in_chs, out_chs, tuple(taps), bias=bias is not None, **groups, **dd)
+        args = dict(dilation=self.dilation, bias=bias is not None, **groups)
+        conv = skip_init(self.plain, in_chs, out_chs, tuple(taps), **args, **dd)
         conv.weight.data = weight
         if bias is not None:
             conv.bias.data = bias.to(weight, copy=True)
@@ -250,7 +252,7 @@ class _RenderedConv(DropsCaches):
 
 @register_notrace_module
 class SMPConv2d(_RenderedConv):
-    """2D convolution with a kernel of moving points, stride 1, zero padding k // 2.
+    """2D convolution with a kernel of moving points, with outputs as large as its inputs.
 
     Depthwise (groups = in_chs = out_chs): points shared by all channels, sums not normalised, k^2 / 4 points of
     radius 4 / k (the ImageNet networks); so is a convolution of a single channel. Dense (groups = 1): points per output
@@ -282,7 +284,8 @@ class SMPConv2d(_RenderedConv):
             in_chs: Input channels.
             out_chs: Output channels.
             kernel_size: Taps, odd; one number or (height, width).
-            stride, padding, dilation: As for nn.Conv2d, for code that was written for it: 1, k // 2 (None too) and 1.
+            stride, padding: As for nn.Conv2d, for code that was written for it: 1 and dilation * (k // 2) (None too).
+            dilation: Distance of neighbouring taps; one number or (rows, columns).
             groups: 1 for a dense convolution, in_chs = out_chs for a depthwise one.
             bias: Add a bias.
             num_points: Points of a filter; None: floor(kh * kw / 4) depthwise, 16 dense.
@@ -292,12 +295,12 @@ class SMPConv2d(_RenderedConv):
             learn_radius: Learn the radii.
 
         Raises:
-            ValueError: An even kernel size, channels that do not fit, a value out of range, or another stride, padding
-                or dilation.
+            ValueError: An even kernel size, channels that do not fit, a value out of range, or another stride or
+                padding.
         """
         size = to_2tuple(kernel_size)
         _check_conv2d(in_chs, out_chs, size, groups)
-        _check_same(self, size, stride, padding, dilation)
+        geometry = _same_geometry(self, size, stride, padding, dilation)
         depthwise = _is_depthwise(in_chs, out_chs, groups)
         if depthwise:
             defaults = (max(size[0] * size[1] // 4, 1), min(4 / max(size), 1.0), 0.2)
@@ -321,14 +324,15 @@ class SMPConv2d(_RenderedConv):
         )
         super().__init__(kernel, bias, device=device, dtype=dtype)
         self.depthwise = depthwise
+        self.dilation = geometry['dilation']
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, H, W) -> (B, out_chs, H, W)."""
         kernel = self.kernel.for_convolution() if torch.jit.is_scripting() else self._render()
         keep = None if torch.jit.is_scripting() else self._kept.keep(kernel)
         if self.depthwise:
-            return ops.depthwise_conv2d(x, kernel, self.bias, keep)
-        return ops.conv2d(x, kernel, self.bias, keep)
+            return ops.depthwise_conv2d(x, kernel, self.bias, self.dilation, keep)
+        return ops.conv2d(x, kernel, self.bias, self.dilation, keep)
 
 
 @register_notrace_module
@@ -406,7 +410,7 @@ class SMPConv1d(_RenderedConv):
 
 @register_notrace_module
 class PeripheralConv2d(_RenderedConv):
-    """Peripheral convolution (PeLK): a 2D convolution whose outer taps share parameters, stride 1, zero padding k // 2.
+    """Peripheral convolution (PeLK): 2D, the outer taps share parameters, with outputs as large as its inputs.
 
     A positional embedding h of the kernel tells the taps of a cell apart (section 4.2):
 
@@ -439,17 +443,19 @@ class PeripheralConv2d(_RenderedConv):
             in_chs: Input channels.
             out_chs: Output channels.
             kernel_size: Taps in each dimension, odd; of two numbers both the same.
-            stride, padding, dilation: As for nn.Conv2d, for code that was written for it: 1, k // 2 (None too) and 1.
+            stride, padding: As for nn.Conv2d, for code that was written for it: 1 and dilation * (k // 2) (None too).
+            dilation: Distance of neighbouring taps; one number or (rows, columns).
             groups: 1 for a dense convolution, in_chs = out_chs for a depthwise one.
             bias: Add a bias.
             center_size, base, grid, small_kernel_size: See `PeripheralKernel`.
 
         Raises:
-            ValueError: An even kernel size, channels or a grid that do not fit, or another stride, padding or dilation.
+            ValueError: An even kernel size, channels or a grid that do not fit, a dilation below 1, or another stride
+                or padding.
         """
         size = to_2tuple(kernel_size)
         _check_conv2d(in_chs, out_chs, size, groups)
-        _check_same(self, size, stride, padding, dilation)
+        geometry = _same_geometry(self, size, stride, padding, dilation)
         if size[0] != size[1]:
             raise ValueError(f'Kernels of PeripheralConv2d are square, got kernel_size={size}.')
         depthwise = _is_depthwise(in_chs, out_chs, groups)
@@ -466,6 +472,7 @@ class PeripheralConv2d(_RenderedConv):
         )
         super().__init__(kernel, bias, device=device, dtype=dtype)
         self.depthwise = depthwise
+        self.dilation = geometry['dilation']
 
     def forward(self, x: torch.Tensor, pos_embed: Optional[torch.Tensor] = None) -> torch.Tensor:
         """(B, in_chs, H, W), and the embedding (in_chs, k, k) or None -> (B, out_chs, H, W)."""
@@ -473,8 +480,8 @@ class PeripheralConv2d(_RenderedConv):
         bias = self._total_bias(kernel, pos_embed, self.bias)
         keep = None if torch.jit.is_scripting() else self._kept.keep(kernel)
         if self.depthwise:
-            return ops.depthwise_conv2d(x, kernel, bias, keep)
-        return ops.conv2d(x, kernel, bias, keep)
+            return ops.depthwise_conv2d(x, kernel, bias, self.dilation, keep)
+        return ops.conv2d(x, kernel, bias, self.dilation, keep)
 
     def _total_bias(
         self, kernel: torch.Tensor, pos_embed: Optional[torch.Tensor], bias: Optional[torch.Tensor]
@@ -496,20 +503,31 @@ class PeripheralConv2d(_RenderedConv):
         return conv.requires_grad_(True) if pos_embed is not None and pos_embed.requires_grad else conv
 
 
-def _check_geometry(conv: nn.Module, stride: Any, padding: Any, dilation: Any, expected: Tuple[int, ...]) -> None:
-    ones = (1,) * len(expected)
-    for name, value, wanted in (('stride', stride, ones), ('padding', padding, expected), ('dilation', dilation, ones)):
-        if (value if isinstance(value, (tuple, list)) else (value,) * len(expected)) not in (wanted, list(wanted)):
+def _check_geometry(conv: nn.Module, **values: Tuple[Any, Tuple[int, ...]]) -> None:
+    """Checks arguments that a convolution has for those of torch.nn: what was given, and the only value that works."""
+    for name, (value, wanted) in values.items():
+        if (value if isinstance(value, (tuple, list)) else (value,) * len(wanted)) not in (wanted, list(wanted)):
             raise ValueError(f'{type(conv).__name__} has {name}={wanted}, got {value}: torch.nn has layers for others.')
 
 
-def _check_same(conv: nn.Module, size: Tuple[int, ...], stride: Any, padding: Any, dilation: Any) -> None:
-    half = tuple(k // 2 for k in size)
-    _check_geometry(conv, stride, half if padding is None else padding, dilation, half)
+def _same_padding(size: Sequence[int], dilation: Sequence[int]) -> Tuple[int, ...]:
+    return tuple(k // 2 * d for k, d in zip(size, dilation))
+
+
+def _same_geometry(
+    conv: nn.Module, size: Tuple[int, ...], stride: Any, padding: Any, dilation: Any
+) -> Dict[str, Tuple[int, ...]]:
+    """Checks arguments; returns padding and dilation of a convolution with outputs as large as its inputs."""
+    dilation = tuple(to_2tuple(dilation))
+    if len(dilation) != 2 or min(dilation) < 1:
+        raise ValueError(f'dilation must be positive (one number, or rows and columns), got {dilation}.')
+    same = _same_padding(size, dilation)
+    _check_geometry(conv, stride=(stride, (1, 1)), padding=(same if padding is None else padding, same))
+    return dict(padding=same, dilation=dilation)
 
 
 def _check_causal(conv: nn.Module, stride: Any, padding: Any, dilation: Any, groups: int) -> None:
-    _check_geometry(conv, stride, padding, dilation, (0,))
+    _check_geometry(conv, stride=(stride, (1,)), padding=(padding, (0,)), dilation=(dilation, (1,)))
     if groups != 1:
         raise ValueError(f'{type(conv).__name__} has one group, got {groups}: torch.nn has layers for others.')
 

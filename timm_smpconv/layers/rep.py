@@ -123,8 +123,9 @@ class _RepSMPConv(DropsCaches):
 
     @torch.jit.unused
     def _is_small_same(self) -> bool:
-        # nothing can be changed of a causal one
-        return self.small.padding_mode == 'zeros' and (isinstance(self.small, CausalConv1d) or self.small.is_same())
+        if isinstance(self.small, CausalConv1d):  # of which nothing else can be changed
+            return self.small.padding_mode == 'zeros'
+        return self.small.is_same() and self.small.dilation == self.large.dilation
 
     @torch.jit.unused
     def _tensors(self) -> Tuple[Optional[torch.Tensor], ...]:
@@ -138,7 +139,7 @@ class _RepSMPConv(DropsCaches):
     @torch.jit.unused
     def _settings(self) -> Hashable:
         """All else that it depends on."""
-        return self.large.kernel.settings(), self.large_norm.eps, self.small_norm.eps
+        return self.large.kernel.settings(), self.large.dilation, self.large_norm.eps, self.small_norm.eps
 
     @torch.jit.unused
     def fuse(self) -> nn.Module:
@@ -158,8 +159,8 @@ class _RepSMPConv(DropsCaches):
                 )
         if not self._is_small_same():
             raise RuntimeError(
-                f'{type(self).__name__} cannot be reparameterized: its small convolution must pad with zeros, to the '
-                f'same size, as the large one does, got {self.small}.'
+                f'{type(self).__name__} cannot be reparameterized: its small convolution must pad with zeros to the '
+                f'same size, with the dilation of the large one, {self.large.dilation}, got {self.small}.'
             )
         with torch.no_grad():
             return like_module(self._fold(self.large.kernel()), self)
@@ -205,6 +206,7 @@ class RepSMPConv2d(_RepSMPConv):
         out_chs: int,
         kernel_size: int,
         small_kernel_size: int = 5,
+        dilation: int = 1,
         groups: int = 1,
         small_bias: bool = False,
         norm_layer: Type[nn.Module] = nn.BatchNorm2d,
@@ -218,6 +220,7 @@ class RepSMPConv2d(_RepSMPConv):
             out_chs: Output channels.
             kernel_size: Taps of the large branch in each dimension, odd.
             small_kernel_size: Taps of the small branch in each dimension, odd.
+            dilation: Distance of neighbouring taps, of both branches.
             groups: 1 for dense convolutions, in_chs = out_chs for depthwise ones.
             small_bias: Bias in the small branch.
             norm_layer: Batch norm.
@@ -225,8 +228,8 @@ class RepSMPConv2d(_RepSMPConv):
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(
-            SMPConv2d(in_chs, out_chs, kernel_size, groups=groups, bias=False, **kernel_args, **dd),
-            LargeConv2d(in_chs, out_chs, small_kernel_size, groups=groups, bias=small_bias, **dd),
+            SMPConv2d(in_chs, out_chs, kernel_size, dilation=dilation, groups=groups, bias=False, **kernel_args, **dd),
+            LargeConv2d(in_chs, out_chs, small_kernel_size, dilation=dilation, groups=groups, bias=small_bias, **dd),
             norm_layer,
             **dd,
         )

@@ -1,6 +1,6 @@
 """What the networks of this package share: the timm model interface over `stem`, `stages`, `norm` and `head`."""
 
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from timm.layers import trunc_normal_
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..layers import RenderedKernel, is_foldable, no_weight_decay, norm_to_conv
 from ..layout import Rules, convert_reference
 
-__all__ = ['LargeKernelNet', 'check_input', 'check_stages', 'init_weights']
+__all__ = ['LargeKernelNet', 'StageGeometry', 'check_input', 'check_stages', 'init_weights', 'plan_stages']
 
 
 @register_notrace_function
@@ -45,6 +45,47 @@ def check_stages(depths: Sequence[int], dims: Sequence[int], kernel_sizes: Seque
             f'depths, dims and kernel_sizes must have one entry per stage, '
             f'got {tuple(depths)}, {tuple(dims)} and {tuple(kernel_sizes)}.'
         )
+
+
+class StageGeometry(NamedTuple):
+    """How a stage of an ImageNet network reduces the resolution.
+
+    Attributes:
+        stride: Of the transition into the stage; 1 for none, or for one whose stride has become dilation.
+        first_dilation: Of the transition.
+        dilation: Of the blocks.
+        reduction: Pixels of the image for one of the stage's maps, in each dimension.
+    """
+
+    stride: int
+    first_dilation: int
+    dilation: int
+    reduction: int
+
+
+def plan_stages(num_stages: int, output_stride: Optional[int]) -> List[StageGeometry]:
+    """Geometry of all stages behind a stem that reduces by four: each halves the resolution but the first.
+
+    From `output_stride` on none does, and the distance of the taps doubles instead, so that every second row and column
+    of the maps is what it was (DeepLab's atrous convolution).
+
+    Args:
+        num_stages: Number of stages.
+        output_stride: Largest reduction; None for no limit.
+
+    Raises:
+        ValueError: Another output stride than 4, 8, 16 or 32.
+    """
+    if output_stride not in (None, 4, 8, 16, 32):
+        raise ValueError(f'output_stride must be 4, 8, 16 or 32, or None for no limit, got {output_stride}.')
+    geometry = [StageGeometry(1, 1, 1, 4)]
+    for _ in range(num_stages - 1):
+        _, _, dilation, reduction = geometry[-1]
+        if output_stride is not None and reduction >= output_stride:
+            geometry.append(StageGeometry(1, dilation, 2 * dilation, reduction))
+        else:
+            geometry.append(StageGeometry(2, 1, 1, 2 * reduction))
+    return geometry
 
 
 def _check_num_classes(num_classes: int) -> None:

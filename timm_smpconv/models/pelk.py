@@ -7,6 +7,7 @@ dynamic sparsity of SLaK (1.3 times as wide, 40 % of the large kernels zero), wh
 these are the dense networks at ConvNeXt's widths.
 """
 
+from collections import OrderedDict
 from typing import Any, List, Optional, Sequence, Union
 
 import torch
@@ -27,7 +28,7 @@ from torch.nn.utils import skip_init
 from ..layers import LargeConv2d, PeripheralConv2d, by_parts, check_part
 from ..ops import to_fast_format
 from ..ops.context import to_float64
-from ._base import LargeKernelNet, check_stages, init_weights
+from ._base import LargeKernelNet, StageGeometry, check_stages, init_weights, plan_stages
 from ._builder import build, imagenet_cfg
 
 __all__ = ['PeLK']
@@ -55,6 +56,7 @@ class PeLKBlock(nn.Module):
         drop_path: float = 0.0,
         ls_init_value: float = 1e-6,
         embedded: bool = True,
+        dilation: int = 1,
         device=None,
         dtype=None,
     ):
@@ -69,6 +71,7 @@ class PeLKBlock(nn.Module):
             drop_path: Rate at which the residual branch is dropped in training.
             ls_init_value: Initial value of gamma; 0 for no layer scale.
             embedded: The convolution takes the positional embedding of the stage.
+            dilation: Distance of neighbouring taps.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -79,6 +82,7 @@ class PeLKBlock(nn.Module):
             self.num_conv,
             self.num_conv,
             kernel_size,
+            dilation=dilation,
             groups=self.num_conv,
             center_size=center_size,
             small_kernel_size=small_kernel_size,
@@ -168,7 +172,7 @@ class PeLKBlock(nn.Module):
 
 
 class PeLKStage(nn.Module):
-    """Optional downsampling by two, then blocks that share the positional embedding of their kernels."""
+    """Optional transition, which halves the resolution, then blocks whose kernels share a positional embedding."""
 
     def __init__(
         self,
@@ -176,6 +180,7 @@ class PeLKStage(nn.Module):
         dim: int,
         depth: int,
         kernel_size: int,
+        geometry: StageGeometry,
         downsample: bool,
         drop_path: Sequence[float],
         pos_embed: bool = True,
@@ -189,7 +194,8 @@ class PeLKStage(nn.Module):
             dim: Channels of the stage.
             depth: Number of blocks.
             kernel_size: Taps of the kernels in each dimension.
-            downsample: Start with a convolution that halves the resolution.
+            geometry: Stride of the transition, and dilations.
+            downsample: Start with a transition.
             drop_path: Stochastic depth rate of each block.
             pos_embed: Learn a positional embedding of the kernels.
             **block_args: Further arguments of PeLKBlock.
@@ -197,14 +203,10 @@ class PeLKStage(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.grad_checkpointing = False
-        self.downsample = (
-            nn.Sequential(LayerNorm2d(in_dim, eps=1e-6, **dd), nn.Conv2d(in_dim, dim, 2, stride=2, **dd))
-            if downsample
-            else nn.Identity()
-        )
+        self.downsample = _make_transition(in_dim, dim, geometry, **dd) if downsample else nn.Identity()
+        block_args = dict(block_args, embedded=pos_embed, dilation=geometry.dilation)
         self.blocks = nn.ModuleList(
-            PeLKBlock(dim, kernel_size, drop_path=drop_path[i], embedded=pos_embed, **block_args, **dd)
-            for i in range(depth)
+            PeLKBlock(dim, kernel_size, drop_path=drop_path[i], **block_args, **dd) for i in range(depth)
         )
         self.pos_embed = None
         if pos_embed and depth:
@@ -239,6 +241,17 @@ class PeLKStage(nn.Module):
         return x
 
 
+def _make_transition(in_dim: int, dim: int, geometry: StageGeometry, device=None, dtype=None) -> nn.Module:
+    dd = {'device': device, 'dtype': dtype}
+    norm, dilation = LayerNorm2d(in_dim, eps=1e-6, **dd), geometry.first_dilation
+    conv = nn.Conv2d(in_dim, dim, 2, stride=geometry.stride, dilation=dilation, **dd)
+    if geometry.stride == 2:
+        return nn.Sequential(norm, conv)
+    # without a stride the second tap of the last rows and columns falls off the map
+    pad = nn.ZeroPad2d((0, dilation, 0, dilation))
+    return nn.Sequential(OrderedDict([('0', norm), ('pad', pad), ('1', conv)]))
+
+
 class PeLK(LargeKernelNet):
     """PeLK image classification network."""
 
@@ -258,6 +271,7 @@ class PeLK(LargeKernelNet):
         mlp_ratio: float = 4.0,
         pos_embed: bool = True,
         ls_init_value: float = 1e-6,
+        output_stride: Optional[int] = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         inference_mode: bool = False,
@@ -278,6 +292,8 @@ class PeLK(LargeKernelNet):
             mlp_ratio: Hidden width of a block, relative to the channels.
             pos_embed: Learn a positional embedding of the kernels of each stage.
             ls_init_value: Initial value of the layer scale; 0 for none.
+            output_stride: 4, 8, 16 or 32: stages that would reduce the resolution further have dilated convolutions
+                instead, with the same weights. None: no limit.
             drop_rate: Dropout rate in front of the classifier.
             drop_path_rate: Largest rate of stochastic depth, growing linearly over the blocks.
             inference_mode: Build the deployed form.
@@ -294,13 +310,14 @@ class PeLK(LargeKernelNet):
         self.stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], 4, stride=4, **dd), LayerNorm2d(dims[0], eps=1e-6, **dd))
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages: List[nn.Module] = []
-        for i in range(len(depths)):
+        for i, geometry in enumerate(plan_stages(len(depths), output_stride)):
             stages.append(
                 PeLKStage(
                     dims[max(i - 1, 0)],
                     dims[i],
                     depths[i],
                     kernel_sizes[i],
+                    geometry=geometry,
                     downsample=i > 0,
                     drop_path=drop_path_rates[i],
                     pos_embed=pos_embed,
@@ -312,7 +329,7 @@ class PeLK(LargeKernelNet):
                     **dd,
                 )
             )
-            self.feature_info += [dict(num_chs=dims[i], reduction=4 * 2**i, module=f'stages.{i}')]
+            self.feature_info += [dict(num_chs=dims[i], reduction=geometry.reduction, module=f'stages.{i}')]
         self.stages = nn.Sequential(*stages)
         self.num_features = dims[-1]
         self.head = NormMlpClassifierHead(

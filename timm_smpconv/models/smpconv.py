@@ -10,7 +10,7 @@ from torch import nn
 
 from ..layers import AffineNorm, ConvNorm, RepSMPConv2d, by_parts, fold_norm_into_next, is_foldable, norm_to_conv
 from ..ops import to_fast_format
-from ._base import LargeKernelNet, check_stages, init_weights
+from ._base import LargeKernelNet, StageGeometry, check_stages, init_weights, plan_stages
 from ._builder import build, imagenet_cfg
 
 __all__ = ['SMPConv']
@@ -133,7 +133,7 @@ class Stem(nn.Module):
 
 
 class SMPConvStage(nn.Module):
-    """Optional downsampling by two, then pairs of a large-kernel block and a ConvFFN."""
+    """Optional transition, which halves the resolution, then pairs of a large-kernel block and a ConvFFN."""
 
     def __init__(
         self,
@@ -142,6 +142,7 @@ class SMPConvStage(nn.Module):
         depth: int,
         kernel_size: int,
         mlp_ratio: float,
+        geometry: StageGeometry,
         downsample: bool,
         drop_path: Sequence[float],
         device=None,
@@ -155,7 +156,8 @@ class SMPConvStage(nn.Module):
             depth: Number of pairs of blocks.
             kernel_size: Taps of the large kernels in each dimension.
             mlp_ratio: Hidden width of a ConvFFN, relative to dim.
-            downsample: Start with a transition that halves the resolution.
+            geometry: Stride of the transition, and dilations.
+            downsample: Start with a transition.
             drop_path: Stochastic depth rate of each pair.
             **conv_args: Further arguments of RepSMPConv2d.
         """
@@ -165,19 +167,23 @@ class SMPConvStage(nn.Module):
         self.downsample = (
             nn.Sequential(
                 ConvNorm(in_dim, dim, 1, **dd),
-                ConvNorm(dim, dim, 3, stride=2, groups=dim, **dd),
+                ConvNorm(dim, dim, 3, stride=geometry.stride, dilation=geometry.first_dilation, groups=dim, **dd),
             )
             if downsample
             else nn.Identity()
         )
         blocks = []
         for i in range(depth):
-            blocks.append(LargeKernelBlock(dim, kernel_size, drop_path=drop_path[i], **conv_args, **dd))
+            blocks.append(
+                LargeKernelBlock(
+                    dim, kernel_size, drop_path=drop_path[i], dilation=geometry.dilation, **conv_args, **dd
+                )
+            )
             blocks.append(ConvFFN(dim, int(dim * mlp_ratio), drop_path=drop_path[i], **dd))
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_dim, H, W) -> (B, dim, H, W), or half of H and W if it reduces the resolution."""
+        """(B, in_dim, H, W) -> (B, dim, H, W), or half of H and W, rounded up, if it reduces the resolution."""
         x = self.downsample(to_fast_format(x))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
@@ -214,6 +220,7 @@ class SMPConv(LargeKernelNet):
         coord_std: Optional[float] = None,
         learn_coords: bool = True,
         learn_radius: bool = True,
+        output_stride: Optional[int] = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         inference_mode: bool = False,
@@ -236,6 +243,8 @@ class SMPConv(LargeKernelNet):
             coord_std: Standard deviation of the initial coordinates; None: 0.2.
             learn_coords: Learn the coordinates of the points.
             learn_radius: Learn the radii of the points.
+            output_stride: 4, 8, 16 or 32: stages that would reduce the resolution further have dilated convolutions
+                instead, with the same weights. None: no limit.
             drop_rate: Dropout rate in front of the classifier.
             drop_path_rate: Largest rate of stochastic depth, growing linearly over the pairs of blocks.
             inference_mode: Build the deployed form.
@@ -258,7 +267,7 @@ class SMPConv(LargeKernelNet):
         self.stem = Stem(in_chans, dims[0], **dd)
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
-        for i in range(len(depths)):
+        for i, geometry in enumerate(plan_stages(len(depths), output_stride)):
             stages.append(
                 SMPConvStage(
                     dims[max(i - 1, 0)],
@@ -266,6 +275,7 @@ class SMPConv(LargeKernelNet):
                     depths[i],
                     kernel_sizes[i],
                     mlp_ratio=mlp_ratio,
+                    geometry=geometry,
                     downsample=i > 0,
                     drop_path=drop_path_rates[i],
                     num_points=num_points[i],
@@ -277,7 +287,7 @@ class SMPConv(LargeKernelNet):
                     **dd,
                 )
             )
-            self.feature_info += [dict(num_chs=dims[i], reduction=4 * 2**i, module=f'stages.{i}')]
+            self.feature_info += [dict(num_chs=dims[i], reduction=geometry.reduction, module=f'stages.{i}')]
         self.stages = nn.Sequential(*stages)
         self.num_features = dims[-1]
         self.norm = AffineNorm(self.num_features, **dd)

@@ -1,14 +1,14 @@
 """Large-kernel convolutions as plain functions of tensors, behind one chooser of backends.
 
 All are cross-correlations, as in torch, with stride 1 and outputs as large as the inputs. Kernel taps that no input can
-reach are cut off first.
+reach are cut off first. A dilated convolution is that of the interleaved maps between whose entries there are no holes.
 """
 
 import contextlib
 import functools
 import importlib.util
 import math
-from typing import Any, Callable, Dict, Hashable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Hashable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -244,54 +244,68 @@ def _taps_on_map(n: int, k: int, left: int) -> int:
 
 @register_notrace_function  # looks at shapes, which symbolic tracing cannot follow
 def depthwise_conv2d(
-    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None, keep: Any = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor] = None,
+    dilation: Tuple[int, int] = (1, 1),
+    keep: Any = None,
 ) -> torch.Tensor:
-    """Depthwise convolution with zero padding k // 2.
+    """Depthwise convolution with zero padding k // 2, times the dilation.
 
     Args:
         x: Input, (B, C, H, W).
         weight: Kernel, (C, 1, kh, kw), kh and kw odd.
         bias: Bias, (C,).
+        dilation: Distance of neighbouring taps, (rows, columns).
         keep: A `Keep` for a constant kernel in inference, such as `layers.KernelCache` makes; not in TorchScript.
 
     Returns:
         Output, (B, C, H, W).
 
     Raises:
-        ValueError: Shapes that do not fit, an empty map or an even kernel size.
+        ValueError: Shapes that do not fit, an empty map, an even kernel size or a dilation below 1.
         TypeError: Integers, or two dtypes outside autocast.
     """
     if not torch.jit.is_scripting():
         _check('depthwise_conv2d', x, weight, bias, ndim=4, depthwise=True)
+        _check_dilation('depthwise_conv2d', dilation)
         if not is_exporting():
-            return _convolve(x, weight, bias, True, keep)
-    return F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2], groups=weight.shape[0])
+            return _convolve(x, weight, bias, dilation, True, keep)
+    padding = [weight.shape[2] // 2 * dilation[0], weight.shape[3] // 2 * dilation[1]]
+    return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=weight.shape[0])
 
 
 @register_notrace_function  # looks at shapes, which symbolic tracing cannot follow
 def conv2d(
-    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None, keep: Any = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor] = None,
+    dilation: Tuple[int, int] = (1, 1),
+    keep: Any = None,
 ) -> torch.Tensor:
-    """Dense convolution with zero padding k // 2.
+    """Dense convolution with zero padding k // 2, times the dilation.
 
     Args:
         x: Input, (B, I, H, W).
         weight: Kernel, (O, I, kh, kw), kh and kw odd.
         bias: Bias, (O,).
+        dilation: Distance of neighbouring taps, (rows, columns).
         keep: A `Keep` for a constant kernel in inference, such as `layers.KernelCache` makes; not in TorchScript.
 
     Returns:
         Output, (B, O, H, W).
 
     Raises:
-        ValueError: Shapes that do not fit, an empty map or an even kernel size.
+        ValueError: Shapes that do not fit, an empty map, an even kernel size or a dilation below 1.
         TypeError: Integers, or two dtypes outside autocast.
     """
     if not torch.jit.is_scripting():
         _check('conv2d', x, weight, bias, ndim=4, depthwise=False)
+        _check_dilation('conv2d', dilation)
         if not is_exporting():
-            return _convolve(x, weight, bias, False, keep)
-    return F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2, weight.shape[3] // 2])
+            return _convolve(x, weight, bias, dilation, False, keep)
+    padding = [weight.shape[2] // 2 * dilation[0], weight.shape[3] // 2 * dilation[1]]
+    return F.conv2d(x, weight, bias, padding=padding, dilation=dilation)
 
 
 @register_notrace_function  # looks at shapes, which symbolic tracing cannot follow
@@ -316,7 +330,7 @@ def causal_conv1d(
     if not torch.jit.is_scripting():
         _check('causal_conv1d', x, weight, bias, ndim=3, depthwise=False)
         if not is_exporting():
-            return _convolve(x, weight, bias, False, keep)
+            return _convolve(x, weight, bias, (1,), False, keep)
     return F.conv1d(F.pad(x, [weight.shape[2] - 1, 0]), weight, bias)
 
 
@@ -336,7 +350,12 @@ def to_fast_format(x: torch.Tensor) -> torch.Tensor:
 
 
 def _convolve(
-    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], depthwise: bool, keep: Optional[Keep]
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    dilation: Sequence[int],
+    depthwise: bool,
+    keep: Optional[Keep],
 ) -> torch.Tensor:
     """What a convolution does once its shapes are found to fit."""
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # there is no autocast on meta
@@ -354,12 +373,42 @@ def _convolve(
         )
     bias = None if bias is None else bias.to(x.dtype)
     if _is_left_whole(x, weight, bias):
-        return _correlate_op(x, weight, bias, depthwise, is_channels_last(x))
-    return _correlate(x, weight, bias, depthwise, keep)
+        return _correlate_op(x, weight, bias, list(dilation), depthwise, is_channels_last(x))
+    return _correlate_dilated(x, weight, bias, dilation, depthwise, keep)
+
+
+def _correlate_dilated(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    dilation: Sequence[int],
+    depthwise: bool,
+    keep: Optional[Keep] = None,
+) -> torch.Tensor:
+    """Makes maps of their own of entries that see each other, between which there are no holes."""
+    if max(dilation) == 1:
+        return _correlate(x, weight, bias, depthwise, keep)
+    (height, width), in_chs, out_chs = x.shape[2:], x.shape[1], weight.shape[0]
+    rows, columns = (min(d, n) for d, n in zip(dilation, (height, width)))  # farther moves no tap onto the map
+    last = is_channels_last(x)
+    size, batch = (-(-height // rows), -(-width // columns)), x.shape[0] * rows * columns
+    x = F.pad(x, (0, size[1] * columns - width, 0, size[0] * rows - height))
+    maps = x.reshape(x.shape[0], in_chs, size[0], rows, size[1], columns)
+    # each copied once, in the memory format of x
+    if last:
+        maps = maps.permute(0, 3, 5, 2, 4, 1).reshape(batch, *size, in_chs).permute(0, 3, 1, 2)
+    else:
+        maps = maps.permute(0, 3, 5, 1, 2, 4).reshape(batch, in_chs, *size)
+    y = _correlate(maps, weight, bias, depthwise, keep).reshape(x.shape[0], rows, columns, out_chs, *size)
+    if last:
+        y = y.permute(0, 4, 1, 5, 2, 3).reshape(x.shape[0], *x.shape[2:], out_chs).permute(0, 3, 1, 2)
+    else:
+        y = y.permute(0, 3, 4, 1, 5, 2).reshape(x.shape[0], out_chs, *x.shape[2:])
+    return y[:, :, :height, :width]
 
 
 def _correlate(
-    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], depthwise: bool, keep: Optional[Keep] = None
+    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], depthwise: bool, keep: Optional[Keep]
 ) -> torch.Tensor:
     """Cuts off the taps that no input can reach, and passes on to a backend."""
     if x.ndim == 3:  # causal
@@ -389,9 +438,14 @@ def _is_left_whole(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.T
 
 
 def _correlate_whole(
-    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], depthwise: bool, last: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    dilation: List[int],
+    depthwise: bool,
+    last: bool,
 ) -> torch.Tensor:
-    return _in_format(_correlate(x, weight, bias, depthwise), last)
+    return _in_format(_correlate_dilated(x, weight, bias, dilation, depthwise), last)
 
 
 def _in_format(y: torch.Tensor, last: bool) -> torch.Tensor:
@@ -402,13 +456,25 @@ _correlate_op = torch.library.custom_op('timm_smpconv::correlate', _correlate_wh
 
 
 @_correlate_op.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], depthwise: bool, last: bool) -> torch.Tensor:
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    dilation: List[int],
+    depthwise: bool,
+    last: bool,
+) -> torch.Tensor:
     return _in_format(x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:]), last)
 
 
 def _keep_rounded(keep: Keep, dtype: torch.dtype, key: Hashable, numbers: int, compute: Callable[[], Any]) -> Any:
     """What a kernel's `keep` does for the same kernel rounded to another dtype."""
     return keep((dtype, key), numbers, compute)
+
+
+def _check_dilation(name: str, dilation: Tuple[int, int]) -> None:
+    if len(dilation) != 2 or min(dilation) < 1:
+        raise ValueError(f'{name} expects a dilation of two positive numbers, (rows, columns), got {dilation}.')
 
 
 def _check(
