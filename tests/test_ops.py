@@ -45,7 +45,7 @@ def torch_result(op, x, weight, bias):
     if op == 'causal':
         return F.conv1d(F.pad(x, (weight.shape[2] - 1, 0)), weight, bias)
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-    return F.conv2d(x, weight, bias, padding=padding, groups=x.shape[1] if op == 'depthwise' else 1)
+    return F.conv2d(x, weight, bias, padding=padding, groups=weight.shape[0] if op == 'depthwise' else 1)
 
 
 def with_gradients(function, args):
@@ -202,6 +202,25 @@ class Wrapped(nn.Module):
 
     def forward(self, *args):
         return self.function(*args)
+
+
+@pytest.mark.parametrize('op', sorted(OPS))
+def test_one_sample_without_a_batch(op):
+    """As torch's convolutions take it, in TorchScript, compiled and exported too."""
+    x, weight, bias = make_case(op, 1, 3, 3, (11, 8), (5, 3))
+    wanted = torch_result(op, x, weight, bias)[0]
+    function = OPS[op]
+    assert relative_error(function(x[0], weight, bias), wanted) < 1e-10
+    got = with_gradients(function, (x[0], weight, bias))
+    assert all(
+        close(a, b, 1e-10) for a, b in zip(got, with_gradients(lambda *a: torch_result(op, *a), (x[0], weight, bias)))
+    )
+    with torch.no_grad():
+        compiled = torch.compile(function, fullgraph=True, backend='aot_eager')(x[0], weight, bias)
+    for each in (compiled, torch.jit.script(function)(x[0], weight, bias)):
+        assert relative_error(each, wanted) < 1e-10
+    exported = torch.export.export(Wrapped(function), (x[0], weight, bias)).module()
+    assert relative_error(exported(x[0], weight, bias), wanted) < 1e-10
 
 
 def test_sequences_in_bfloat16_with_amx(monkeypatch):
@@ -736,7 +755,8 @@ def test_count_of_taps_on_the_map(n, k, data):
 @pytest.mark.parametrize(
     'op, x, weight, bias, words',
     [
-        ('depthwise', (1, 3, 8), (3, 1, 3, 3), None, ('4D', '(1, 3, 8)')),
+        ('depthwise', (1, 3, 8), (3, 1, 3, 3), None, ('(1, 3, 8)', '(3, 1, 3, 3)')),
+        ('depthwise', (3, 8), (3, 1, 3, 3), None, ('4D', '3D', '(3, 8)')),
         ('depthwise', (1, 3, 8, 8), (3, 1, 3), None, ('4D', '(3, 1, 3)')),
         ('depthwise', (1, 3, 8, 8), (4, 1, 3, 3), None, ('(4, 1, 3, 3)', '3 channels')),
         ('depthwise', (1, 3, 8, 8), (3, 3, 3, 3), None, ('(3, 3, 3, 3)', '(3, 1, kh, kw)')),

@@ -253,14 +253,14 @@ def depthwise_conv2d(
     """Depthwise convolution with zero padding k // 2, times the dilation.
 
     Args:
-        x: Input, (B, C, H, W).
+        x: Input, (B, C, H, W) or (C, H, W).
         weight: Kernel, (C, 1, kh, kw), kh and kw odd.
         bias: Bias, (C,).
         dilation: Distance of neighbouring taps, (rows, columns).
         keep: A `Keep` for a constant kernel in inference, such as `layers.KernelCache` makes; not in TorchScript.
 
     Returns:
-        Output, (B, C, H, W).
+        Output, (B, C, H, W) or (C, H, W).
 
     Raises:
         ValueError: Shapes that do not fit, an empty map, an even kernel size or a dilation below 1.
@@ -286,14 +286,14 @@ def conv2d(
     """Dense convolution with zero padding k // 2, times the dilation.
 
     Args:
-        x: Input, (B, I, H, W).
+        x: Input, (B, I, H, W) or (I, H, W).
         weight: Kernel, (O, I, kh, kw), kh and kw odd.
         bias: Bias, (O,).
         dilation: Distance of neighbouring taps, (rows, columns).
         keep: A `Keep` for a constant kernel in inference, such as `layers.KernelCache` makes; not in TorchScript.
 
     Returns:
-        Output, (B, O, H, W).
+        Output, (B, O, H, W) or (O, H, W).
 
     Raises:
         ValueError: Shapes that do not fit, an empty map, an even kernel size or a dilation below 1.
@@ -315,13 +315,13 @@ def causal_conv1d(
     """Dense causal convolution: output t sees inputs <= t, the last tap multiplies the present sample.
 
     Args:
-        x: Input, (B, I, L).
+        x: Input, (B, I, L) or (I, L).
         weight: Kernel, (O, I, K), K of any parity and larger or smaller than L.
         bias: Bias, (O,).
         keep: A `Keep` for a constant kernel in inference, such as `layers.KernelCache` makes; not in TorchScript.
 
     Returns:
-        Output, (B, O, L).
+        Output, (B, O, L) or (O, L).
 
     Raises:
         ValueError: Shapes that do not fit, or an empty sequence.
@@ -358,6 +358,8 @@ def _convolve(
     keep: Optional[Keep],
 ) -> torch.Tensor:
     """What a convolution does once its shapes are found to fit."""
+    if x.ndim < weight.ndim:
+        return _convolve(x.unsqueeze(0), weight, bias, dilation, depthwise, keep).squeeze(0)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # there is no autocast on meta
         dtype = torch.get_autocast_dtype(x.device.type)
         if weight.dtype not in (dtype, torch.float64):  # which autocast leaves alone
@@ -491,17 +493,18 @@ def _check(
         raise TypeError(
             f'{name} expects floating-point numbers, got an input of {x.dtype}, a kernel of {weight.dtype}.'
         )
-    if x.ndim != ndim or weight.ndim != ndim:
+    if x.ndim not in (ndim, ndim - 1) or weight.ndim != ndim:
         raise ValueError(
-            f'{name} expects a {ndim}D input and a {ndim}D kernel, '
+            f'{name} expects a {ndim}D input, or a {ndim - 1}D one without a batch, and a {ndim}D kernel, '
             f'got shapes {tuple(x.shape)} and {tuple(weight.shape)}.'
         )
-    if depthwise and (weight.shape[1] != 1 or weight.shape[0] != x.shape[1]):
+    channels = x.shape[1 - ndim]
+    if depthwise and (weight.shape[1] != 1 or weight.shape[0] != channels):
         raise ValueError(
-            f'{name} expects a kernel of shape ({x.shape[1]}, 1, kh, kw) for an input with {x.shape[1]} channels, '
-            f'got {tuple(weight.shape)}.'
+            f'{name} expects a kernel of shape ({channels}, 1, kh, kw) for {channels} channels, '
+            f'got an input of shape {tuple(x.shape)} and a kernel of shape {tuple(weight.shape)}.'
         )
-    if not depthwise and weight.shape[1] != x.shape[1]:
+    if not depthwise and weight.shape[1] != channels:
         raise ValueError(f'{name} expects {weight.shape[1]} input channels, got an input of shape {tuple(x.shape)}.')
     if ndim == 4 and not (weight.shape[2] % 2 and weight.shape[3] % 2):
         raise ValueError(f'{name} expects an odd kernel size, got {tuple(weight.shape[2:])}.')
