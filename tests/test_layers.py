@@ -155,6 +155,21 @@ def test_dilation(make, groups, dilation):
     assert (deployed.dilation, deployed.padding) == (pair, padding)
     assert relative_error(deployed(x), wanted) < 1e-10
     assert relative_error(nn.Conv2d.forward(deployed, x), wanted) < 1e-10
+    assert f'dilation={pair}' in repr(layer)
+    deployed.dilation, deployed.padding = [2, 2], 6  # as torch takes them too
+    wanted = F.conv2d(x, deployed.weight, deployed.bias, padding=6, dilation=2, groups=groups)
+    assert relative_error(deployed(x), wanted) < 1e-10
+    deployed.dilation = 2
+    assert deployed.is_same() and relative_error(deployed(x), wanted) < 1e-10
+
+
+@pytest.mark.parametrize('block, x', [(RepSMPConv1d(4, 4, 7), (4, 4)), (RepSMPConv2d(4, 4, 7), (4, 9, 9))])
+def test_two_branches_want_a_batch(block, x):
+    """Batch norms could take channels for samples."""
+    for training in (True, False):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), pytest.raises(ValueError, match='expects a .D input'):
+                block.train(training)(torch.randn(x))
 
 
 def test_arguments_of_torch():

@@ -201,13 +201,13 @@ def test_features_only(name, x):
         assert model.feature_info.reduction() == [4, 8, 16, 32]
 
 
-@torch.no_grad()
 @pytest.mark.parametrize('name', IMAGENET)
 @torch.no_grad()
 def test_output_stride(name):
     """The same weights make larger maps, in which every second, fourth or eighth row and column is what it was."""
     model = randomize_norms(build(name, num_classes=0)).double().eval()
-    x = torch.randn(1, 3, 64, 32, dtype=torch.float64)
+    # pelk drops the last row of a map of odd sides when it halves the resolution
+    x = torch.randn(1, 3, *((64, 32) if name.startswith('pelk') else (75, 44)), dtype=torch.float64)
     wanted = model.forward_intermediates(x, intermediates_only=True)
     for stride in (32, 16, 8):
         other = build(name, num_classes=0, output_stride=stride).double().eval()
@@ -220,7 +220,7 @@ def test_output_stride(name):
         for i, whole in enumerate(wanted):
             step = 4 * 2**i // min(4 * 2**i, stride)
             for each in maps:
-                assert each[i].shape[2:] == (step * whole.shape[2], step * whole.shape[3])
+                assert each[i][:, :, ::step, ::step].shape == whole.shape
                 assert relative_error(each[i][:, :, ::step, ::step], whole) < 1e-10
 
 
@@ -245,6 +245,7 @@ def test_output_stride_elsewhere(name):
             timm.create_model(name, output_stride=wrong)
 
 
+@torch.no_grad()
 def test_feature_networks_keep_the_stem_whole():
     """Taken apart, its convolutions would see contiguous maps, which are slow, and whole batches."""
     model = timm.create_model('smpconv_mobile31', features_only=True).eval()

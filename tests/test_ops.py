@@ -143,8 +143,10 @@ def test_dilation(backend, op, dilation, last, batch, in_chs, out_chs, spatial, 
 def test_dilation_keeps_the_memory_format(op, last):
     x, weight, bias = make_case(op, 2, 6, 6, (11, 14), (3, 3), torch.float32)
     x = to_channels_last(x, x.dtype) if last else x
-    y = dilated(op, (2, 3))[0](x, weight, bias)
-    assert y.stride(1) == 1 if last else y.stride(3) == 1
+    for dilation in ((2, 3), (11, 7)):  # what is cut off leaves no gaps
+        y = dilated(op, dilation)[0](x, weight, bias)
+        assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    assert torch.equal(OPS[op](x, weight, bias, 2), OPS[op](x, weight, bias, (2, 2)))
 
 
 @pytest.mark.parametrize('op', ['dense', 'depthwise'])
@@ -188,8 +190,8 @@ def test_compiled_and_exported_dilation(op):
 
 def test_dilations_that_cannot_work():
     x, weight = torch.randn(1, 2, 5, 5), torch.randn(2, 1, 3, 3)
-    for dilation in ((0, 1), (1, -2), (1,), (1, 2, 3)):
-        with pytest.raises(ValueError, match=re.escape(f'positive numbers, (rows, columns), got {dilation}')):
+    for dilation in ((0, 1), (1, -2), (1,), (1, 2, 3), 0, 2.0):
+        with pytest.raises(ValueError, match=re.escape(f'positive number, or (rows, columns), got {dilation}')):
             ops.depthwise_conv2d(x, weight, None, dilation)
     with pytest.raises(ValueError, match='one step or pixel'):
         ops.depthwise_conv2d(x[:, :, :0], weight, None, (2, 2))

@@ -1,5 +1,6 @@
 """Drop-in convolution layers: a kernel module renders weights, an op convolves."""
 
+import numbers
 from typing import Any, Dict, Optional, Sequence, Tuple, Type, Union
 
 import torch
@@ -66,7 +67,7 @@ class LargeConv2d(DropsCaches, nn.Conv2d):
         self._kept = KernelCache()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_chs, H, W) -> (B, out_chs, H, W)."""
+        """(B, in_chs, H, W) -> (B, out_chs, H, W), as torch's without B too; so do all layers here."""
         if torch.jit.is_scripting():
             return self._conv_forward(x, self.weight, self.bias)
         return self._convolve(x)
@@ -74,8 +75,8 @@ class LargeConv2d(DropsCaches, nn.Conv2d):
     @torch.jit.unused
     def is_same(self) -> bool:
         """Whether it still pads with zeros to the same size, without strides: code can change attributes."""
-        same = _same_padding(self.kernel_size, self.dilation)
-        return (self.padding_mode, self.padding, self.stride) == ('zeros', same, (1, 1))
+        same = _same_padding(self.kernel_size, to_2tuple(self.dilation))
+        return (self.padding_mode, to_2tuple(self.padding), to_2tuple(self.stride)) == ('zeros', same, (1, 1))
 
     @torch.jit.unused
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
@@ -204,7 +205,6 @@ class _RenderedConv(DropsCaches):
 
     plain: Type[Union[CausalConv1d, LargeConv2d]]  # with a dense kernel
     depthwise = False
-    dilation = (1,)
 
     def __init__(self, kernel: RenderedKernel, bias: bool, device=None, dtype=None):
         """
@@ -243,6 +243,9 @@ class _RenderedConv(DropsCaches):
             conv.bias.data = bias.to(weight, copy=True)
         return like_module(conv, self)
 
+    def extra_repr(self) -> str:
+        return '' if max(to_2tuple(self.dilation)) == 1 else f'dilation={self.dilation}'
+
     @torch.jit.unused
     def fuse(self) -> nn.Module:
         """The equivalent plain convolution, with a dense kernel; `timm.utils.reparameterize_model` puts it in place."""
@@ -260,6 +263,7 @@ class SMPConv2d(_RenderedConv):
     """
 
     plain = LargeConv2d
+    dilation = (1, 1)
 
     def __init__(
         self,
@@ -295,8 +299,8 @@ class SMPConv2d(_RenderedConv):
             learn_radius: Learn the radii.
 
         Raises:
-            ValueError: An even kernel size, channels that do not fit, a value out of range, or another stride or
-                padding.
+            ValueError: An even kernel size, channels that do not fit, a value out of range, a dilation below 1, or
+                another stride or padding.
         """
         size = to_2tuple(kernel_size)
         _check_conv2d(in_chs, out_chs, size, groups)
@@ -344,6 +348,7 @@ class SMPConv1d(_RenderedConv):
     """
 
     plain = CausalConv1d
+    dilation = (1,)
 
     def __init__(
         self,
@@ -420,6 +425,7 @@ class PeripheralConv2d(_RenderedConv):
     """
 
     plain = LargeConv2d
+    dilation = (1, 1)
 
     def __init__(
         self,
@@ -519,7 +525,7 @@ def _same_geometry(
 ) -> Dict[str, Tuple[int, ...]]:
     """Checks arguments; returns padding and dilation of a convolution with outputs as large as its inputs."""
     dilation = tuple(to_2tuple(dilation))
-    if len(dilation) != 2 or min(dilation) < 1:
+    if len(dilation) != 2 or not all(isinstance(d, numbers.Integral) and d >= 1 for d in dilation):
         raise ValueError(f'dilation must be positive (one number, or rows and columns), got {dilation}.')
     same = _same_padding(size, dilation)
     _check_geometry(conv, stride=(stride, (1, 1)), padding=(same if padding is None else padding, same))

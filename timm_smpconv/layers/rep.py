@@ -4,7 +4,7 @@ from typing import Hashable, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ConvNormAct
+from timm.layers import ConvNormAct, to_2tuple
 from timm.models import register_notrace_module
 from torch import nn
 from torch.nn.utils import skip_init
@@ -57,6 +57,8 @@ class _RepSMPConv(DropsCaches):
     or statistic has changed; unless a part of it has been replaced, is observed by hooks or is in train mode.
     """
 
+    input_ndim: int  # batch and channels included
+
     def __init__(
         self,
         large: Union[SMPConv1d, SMPConv2d],
@@ -77,7 +79,14 @@ class _RepSMPConv(DropsCaches):
         self._folded = ValueCache()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_chs, H, W) or, in 1D, (B, in_chs, L), to out_chs channels of the same size."""
+        """(B, in_chs, H, W) or, in 1D, (B, in_chs, L), to out_chs channels of the same size; with B, as norms want it.
+
+        Raises:
+            ValueError: An input without B.
+        """
+        if not torch.jit.is_scripting():
+            if x.ndim != self.input_ndim:  # batch norms could take channels for samples
+                raise ValueError(f'{type(self).__name__} expects a {self.input_ndim}D input, got {tuple(x.shape)}.')
         if not torch.jit.is_scripting() and not self.training:
             if self._is_foldable():
                 tensors = self._tensors()
@@ -125,7 +134,7 @@ class _RepSMPConv(DropsCaches):
     def _is_small_same(self) -> bool:
         if isinstance(self.small, CausalConv1d):  # of which nothing else can be changed
             return self.small.padding_mode == 'zeros'
-        return self.small.is_same() and self.small.dilation == self.large.dilation
+        return self.small.is_same() and to_2tuple(self.small.dilation) == to_2tuple(self.large.dilation)
 
     @torch.jit.unused
     def _tensors(self) -> Tuple[Optional[torch.Tensor], ...]:
@@ -139,7 +148,8 @@ class _RepSMPConv(DropsCaches):
     @torch.jit.unused
     def _settings(self) -> Hashable:
         """All else that it depends on."""
-        return self.large.kernel.settings(), self.large.dilation, self.large_norm.eps, self.small_norm.eps
+        dilation = to_2tuple(self.large.dilation)
+        return self.large.kernel.settings(), dilation, self.large_norm.eps, self.small_norm.eps
 
     @torch.jit.unused
     def fuse(self) -> nn.Module:
@@ -200,16 +210,18 @@ def _add_small(large: torch.Tensor, small: torch.Tensor, causal: bool) -> torch.
 class RepSMPConv2d(_RepSMPConv):
     """BN(large SMPConv2d) + BN(small convolution), dense or depthwise."""
 
+    input_ndim = 4
+
     def __init__(
         self,
         in_chs: int,
         out_chs: int,
         kernel_size: int,
         small_kernel_size: int = 5,
-        dilation: int = 1,
         groups: int = 1,
         small_bias: bool = False,
         norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+        dilation: int = 1,
         device=None,
         dtype=None,
         **kernel_args,
@@ -220,10 +232,10 @@ class RepSMPConv2d(_RepSMPConv):
             out_chs: Output channels.
             kernel_size: Taps of the large branch in each dimension, odd.
             small_kernel_size: Taps of the small branch in each dimension, odd.
-            dilation: Distance of neighbouring taps, of both branches.
             groups: 1 for dense convolutions, in_chs = out_chs for depthwise ones.
             small_bias: Bias in the small branch.
             norm_layer: Batch norm.
+            dilation: Distance of neighbouring taps, of both branches.
             **kernel_args: num_points, radius, coord_std, learn_coords, learn_radius of SMPConv2d.
         """
         dd = {'device': device, 'dtype': dtype}
@@ -238,6 +250,8 @@ class RepSMPConv2d(_RepSMPConv):
 @register_notrace_module
 class RepSMPConv1d(_RepSMPConv):
     """BN(large SMPConv1d) + BN(small causal convolution)."""
+
+    input_ndim = 3
 
     def __init__(
         self,

@@ -67,7 +67,8 @@ def plan_stages(num_stages: int, output_stride: Optional[int]) -> List[StageGeom
     """Geometry of all stages behind a stem that reduces by four: each halves the resolution but the first.
 
     From `output_stride` on none does, and the distance of the taps doubles instead, so that every second row and column
-    of the maps is what it was (DeepLab's atrous convolution).
+    of the maps is what it was (DeepLab's atrous convolution). A transition of 2 x 2 taps drops the last row of an odd
+    number with a stride and keeps it without, which the kernels behind it see.
 
     Args:
         num_stages: Number of stages.

@@ -293,7 +293,7 @@ class PeLK(LargeKernelNet):
             pos_embed: Learn a positional embedding of the kernels of each stage.
             ls_init_value: Initial value of the layer scale; 0 for none.
             output_stride: 4, 8, 16 or 32: stages that would reduce the resolution further have dilated convolutions
-                instead, with the same weights. None: no limit.
+                instead, with the same weights. None: no limit. Images whose sides are multiples of 32 lose no row.
             drop_rate: Dropout rate in front of the classifier.
             drop_path_rate: Largest rate of stochastic depth, growing linearly over the blocks.
             inference_mode: Build the deployed form.

@@ -8,10 +8,12 @@ import contextlib
 import functools
 import importlib.util
 import math
+import numbers
 from typing import Any, Callable, Dict, Hashable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from timm.models import register_notrace_function
 
 from . import dft, direct, fft, reference
@@ -256,7 +258,7 @@ def depthwise_conv2d(
         x: Input, (B, C, H, W) or (C, H, W).
         weight: Kernel, (C, 1, kh, kw), kh and kw odd.
         bias: Bias, (C,).
-        dilation: Distance of neighbouring taps, (rows, columns).
+        dilation: Distance of neighbouring taps, (rows, columns), or one number for both but in TorchScript.
         keep: A `Keep` for a constant kernel in inference, such as `layers.KernelCache` makes; not in TorchScript.
 
     Returns:
@@ -268,7 +270,7 @@ def depthwise_conv2d(
     """
     if not torch.jit.is_scripting():
         _check('depthwise_conv2d', x, weight, bias, ndim=4, depthwise=True)
-        _check_dilation('depthwise_conv2d', dilation)
+        dilation = _as_pair('depthwise_conv2d', dilation)
         if not is_exporting():
             return _convolve(x, weight, bias, dilation, True, keep)
     padding = [weight.shape[2] // 2 * dilation[0], weight.shape[3] // 2 * dilation[1]]
@@ -289,7 +291,7 @@ def conv2d(
         x: Input, (B, I, H, W) or (I, H, W).
         weight: Kernel, (O, I, kh, kw), kh and kw odd.
         bias: Bias, (O,).
-        dilation: Distance of neighbouring taps, (rows, columns).
+        dilation: Distance of neighbouring taps, (rows, columns), or one number for both but in TorchScript.
         keep: A `Keep` for a constant kernel in inference, such as `layers.KernelCache` makes; not in TorchScript.
 
     Returns:
@@ -301,7 +303,7 @@ def conv2d(
     """
     if not torch.jit.is_scripting():
         _check('conv2d', x, weight, bias, ndim=4, depthwise=False)
-        _check_dilation('conv2d', dilation)
+        dilation = _as_pair('conv2d', dilation)
         if not is_exporting():
             return _convolve(x, weight, bias, dilation, False, keep)
     padding = [weight.shape[2] // 2 * dilation[0], weight.shape[3] // 2 * dilation[1]]
@@ -394,7 +396,9 @@ def _correlate_dilated(
     rows, columns = (min(d, n) for d, n in zip(dilation, (height, width)))  # farther moves no tap onto the map
     last = is_channels_last(x)
     size, batch = (-(-height // rows), -(-width // columns)), x.shape[0] * rows * columns
-    x = F.pad(x, (0, size[1] * columns - width, 0, size[0] * rows - height))
+    pad = (0, size[1] * columns - width, 0, size[0] * rows - height)
+    if torch.compiler.is_compiling() or any(pad):  # compiled, for sizes of both kinds
+        x = F.pad(x, pad)
     maps = x.reshape(x.shape[0], in_chs, size[0], rows, size[1], columns)
     # each copied once, in the memory format of x
     if last:
@@ -406,7 +410,8 @@ def _correlate_dilated(
         y = y.permute(0, 4, 1, 5, 2, 3).reshape(x.shape[0], *x.shape[2:], out_chs).permute(0, 3, 1, 2)
     else:
         y = y.permute(0, 3, 4, 1, 5, 2).reshape(x.shape[0], out_chs, *x.shape[2:])
-    return y[:, :, :height, :width]
+    fmt = torch.channels_last if last else torch.contiguous_format
+    return y if y.shape[2:] == (height, width) else y[:, :, :height, :width].contiguous(memory_format=fmt)
 
 
 def _correlate(
@@ -474,9 +479,11 @@ def _keep_rounded(keep: Keep, dtype: torch.dtype, key: Hashable, numbers: int, c
     return keep((dtype, key), numbers, compute)
 
 
-def _check_dilation(name: str, dilation: Tuple[int, int]) -> None:
-    if len(dilation) != 2 or min(dilation) < 1:
-        raise ValueError(f'{name} expects a dilation of two positive numbers, (rows, columns), got {dilation}.')
+def _as_pair(name: str, dilation: Any) -> Tuple[int, int]:
+    pair = to_2tuple(dilation)
+    if len(pair) != 2 or not all(isinstance(d, numbers.Integral) and d >= 1 for d in pair):
+        raise ValueError(f'{name} expects a dilation of one positive number, or (rows, columns), got {dilation}.')
+    return pair
 
 
 def _check(
