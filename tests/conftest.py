@@ -15,6 +15,9 @@ if 'PYTEST_XDIST_WORKER_COUNT' in os.environ:  # before torch is imported: tests
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     os.environ.setdefault('OMP_NUM_THREADS', str(max(cores // int(os.environ['PYTEST_XDIST_WORKER_COUNT']), 1)))
 
+# and torch takes large tensors in huge pages where it can (Linux): half of the time of the largest went into small ones
+os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
+
 import torch
 
 # before timm, and with it this package and its has_tensor_cores, imports Triton: where no GPU can run the kernels for

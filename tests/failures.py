@@ -9,8 +9,6 @@ import contextlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Callable, Dict, Optional, Tuple
 import servers
 import timm
 import torch
+from forks import run_python
 from minihub import Entry
 
 import timm_smpconv  # noqa: F401  (registers the models)
@@ -162,9 +161,7 @@ def publish(hub, folder: Path) -> None:
 
 
 def run_client(environment, name=MODEL, how='timm'):
-    done = subprocess.run(
-        [sys.executable, '-c', _CLIENT, name, how], env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = run_python(environment, '-c', _CLIENT, name, how)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

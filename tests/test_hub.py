@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import servers
 import torch
 from datasets import write_trajectories
 from failures import _HUB, MODEL, NAME, ROWS, cached_weights, make_folder, publish, run_client, run_row
+from forks import run_python
 from minihub import Entry
 from safetensors.torch import load_file, save, save_file
 
@@ -33,13 +32,7 @@ def _sum(folder):
 
 
 def command(environment, *args, expected=0):
-    done = subprocess.run(
-        [sys.executable, '-m', 'timm_smpconv', *map(str, args)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_python(environment, '-m', 'timm_smpconv', *map(str, args))
     assert done.returncode == expected, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -66,9 +59,7 @@ for expression in sys.argv[1:]:
 
 def ask(environment, *expressions):
     """Values of expressions, or what they raise, in one new process."""
-    done = subprocess.run(
-        [sys.executable, '-c', _ASK, *expressions], env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = run_python(environment, '-c', _ASK, *expressions)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()[-len(expressions) :]]
 

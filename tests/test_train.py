@@ -342,7 +342,7 @@ def test_the_authors_weights_at_another_rate(data_dir, tmp_path):
     """Their small kernels have other names, and are resampled all the same."""
     name = 'smpconv_seq_speech_raw'
     torch.save(reference_state(name), tmp_path / 'authors.pth')
-    own = convert(tmp_path / 'authors.pth', name, tmp_path / 'own').folder / 'model.safetensors'
+    own = convert(tmp_path / 'authors.pth', name, install=True).installed
     results = []
     for file in (tmp_path / 'authors.pth', own):
         recipe = Recipe(

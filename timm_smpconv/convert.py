@@ -265,7 +265,6 @@ def _sample_tensors(model: nn.Module) -> Dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, *model.pretrained_cfg['input_size'], generator=generator)
     features = model.forward_features(x)
-    tensors = dict(
-        input=x, output=model(x), features=features, pre_logits=model.forward_head(features, pre_logits=True)
-    )
+    output, pre_logits = model.forward_head(features), model.forward_head(features, pre_logits=True)
+    tensors = dict(input=x, output=output, features=features, pre_logits=pre_logits)
     return {key: value.contiguous().clone() for key, value in tensors.items()}
