@@ -201,14 +201,17 @@ def op_case(channels: int, size: int, kernel: int, train: bool, goal: str = '', 
         x = torch.randn(8, channels, size, size).to(memory_format=fmt)
         return convolution(convolve, x, torch.randn(channels, 1, kernel, kernel), train, backend)
 
-    def torch_conv(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return plain_conv2d(x, weight, None, channels, (dilation, dilation))
+
+    def plain_last(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, weight, padding=kernel // 2 * dilation, dilation=dilation, groups=channels)
 
     def ours(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return ops.depthwise_conv2d(x, weight, None, (dilation, dilation))
 
     paths = {
-        'plain': lambda: make(torch_conv),
+        'plain': lambda: make(plain),
         'chosen': lambda: make(ours),
         'direct': lambda: make(ours, 'direct'),
         'fft': lambda: make(ours, 'fft'),
@@ -216,7 +219,7 @@ def op_case(channels: int, size: int, kernel: int, train: bool, goal: str = '', 
     kind, shape = 'train' if train else 'infer', f'{channels}x{size}x{size}-k{kernel}'
     if dilation == 1:
         return Case(f'op-{kind}-{shape}-b8', paths, goal)
-    paths['plain channels_last'] = lambda: make(torch_conv, fmt=torch.channels_last)
+    paths['plain channels_last'] = lambda: make(plain_last, fmt=torch.channels_last)
     paths['chosen channels_last'] = lambda: make(ours, fmt=torch.channels_last)
     return Case(f'dilated-{kind}-{shape}-d{dilation}-b8', paths, goal)
 

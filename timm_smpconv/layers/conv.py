@@ -524,7 +524,7 @@ def _same_geometry(
     conv: nn.Module, size: Tuple[int, ...], stride: Any, padding: Any, dilation: Any
 ) -> Dict[str, Tuple[int, ...]]:
     """Checks arguments; returns padding and dilation of a convolution with outputs as large as its inputs."""
-    dilation = tuple(to_2tuple(dilation))
+    dilation = to_2tuple(dilation)
     if len(dilation) != 2 or not all(isinstance(d, numbers.Integral) and d >= 1 for d in dilation):
         raise ValueError(f'dilation must be positive (one number, or rows and columns), got {dilation}.')
     same = _same_padding(size, dilation)
