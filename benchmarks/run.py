@@ -42,6 +42,7 @@ from timm_smpconv.layers import (
     RepSMPConv2d,
     SMPConv1d,
     SMPConv2d,
+    convert_large_convs,
 )
 from timm_smpconv.models.pelk import PeLKBlock, PeLKStage
 from timm_smpconv.models.smpconv import ConvFFN, LargeKernelBlock, SMPConvStage, Stem
@@ -127,11 +128,11 @@ def settle(model: nn.Module, x: torch.Tensor) -> nn.Module:
     return model.eval()
 
 
-def inference(model: nn.Module, x: torch.Tensor) -> Run:
+def inference(model: nn.Module, x: torch.Tensor, autocast: Optional[torch.dtype] = None) -> Run:
     model.eval()
 
     def run() -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
             model(x)
 
     return run
@@ -260,6 +261,28 @@ def model_case(kind: str, name: str, batch: int, goal: str = '', peer: Optional[
     return Case(f'{kind}-{name}-b{batch}{suffix}', paths, goal)
 
 
+def converted_case(kind: str, name: str, batch: int, device: str = 'cpu', **kwargs) -> Case:
+    """A network of timm, as it is and with large convolutions by this package; in bfloat16 by autocast on a GPU."""
+    autocast = torch.bfloat16 if device == 'cuda' else None
+
+    def build(fmt: torch.memory_format, convert: bool, **kwargs) -> Run:
+        x = torch.randn(batch, *timm.get_pretrained_cfg(name).input_size, device=device).to(memory_format=fmt)
+        model = settle(timm.create_model(name, **kwargs).to(device, memory_format=fmt), x)
+        if convert:
+            convert_large_convs(model)
+        return training_step(model, x, autocast) if kind == 'train' else inference(model, x, autocast)
+
+    paths = {}
+    for suffix, fmt in (('', torch.contiguous_format), (' channels_last', torch.channels_last)):
+        paths[f'plain{suffix}'] = lambda fmt=fmt: build(fmt, False, **kwargs)
+        paths[f'chosen{suffix}'] = lambda fmt=fmt: build(fmt, True, **kwargs)
+    if kwargs:  # as it is published
+        paths[name] = lambda: build(torch.contiguous_format, False)
+    suffix = ''.join(f'-{key}{value}' for key, value in kwargs.items())
+    prefix = 'gpu-' if device == 'cuda' else ''
+    return Case(f'{prefix}converted-{kind}-{name}-b{batch}{suffix}', paths)
+
+
 def deformable_case() -> Case:
     """Table 1 of the paper: one dense layer on CIFAR-10 maps, deformable convolutions against an SMPConv of 33 x 33."""
     x = torch.randn(16, 24, 32, 32, requires_grad=True)
@@ -362,6 +385,8 @@ def gpu_cases() -> List[Case]:
         gpu_model_case('smpconv_seq_mnist', 512, True),
         gpu_model_case('smpconv_seq_cifar', 512, True),
         gpu_model_case('smpconv_seq_speech_raw', 32, True),
+        converted_case('infer', 'convnext_tiny', 64, 'cuda', kernel_sizes=31),
+        converted_case('train', 'convnext_tiny', 64, 'cuda', kernel_sizes=31),
     ]
 
 
@@ -398,6 +423,10 @@ def cpu_cases() -> List[Case]:
         model_case('train', 'smpconv_seq_speech', 32),
         model_case('train', 'smpconv_seq_speech_raw', 8, '8 x'),
         model_case('train', 'smpconv_cifar', 32, '60 x'),
+        converted_case('infer', 'convnext_tiny', 8, kernel_sizes=31),
+        converted_case('train', 'convnext_tiny', 8, kernel_sizes=31),
+        converted_case('infer', 'convmixer_768_32', 4),
+        converted_case('train', 'convmixer_768_32', 4),
     ]
 
 

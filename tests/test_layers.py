@@ -4,9 +4,12 @@ import copy
 import pickle
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from synth import randomize_norms, relative_error
+from timm.models.convmixer import ConvMixer
+from timm.models.convnext import ConvNeXt
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -23,6 +26,7 @@ from timm_smpconv.layers import (
     SMPConv2d,
     SMPKernel,
     cache,
+    convert_large_convs,
     no_weight_decay,
 )
 from timm_smpconv.ops import dft, fft
@@ -446,6 +450,101 @@ def test_adapters_make_convolutions_like_these(layer, x):
     for wrong in (dict(stride=2), dict(padding=3), *([] if make is LargeConv2d else [dict(dilation=2)])):
         with pytest.raises(ValueError, match=f'{make.__name__} has {next(iter(wrong))}='):
             make(4, 3, layer.kernel_size, **wrong)
+
+
+OTHER_NETWORKS = {  # of timm, and how many of their convolutions are large, dense or depthwise, and keep the size
+    'convnext': (lambda: ConvNeXt(depths=[1] * 4, dims=[8, 16, 24, 32], kernel_sizes=(13, 3, 7, 5)), 2),
+    'convnext, dilated': (lambda: ConvNeXt(depths=[1] * 4, dims=[8, 16, 24, 32], output_stride=8), 4),
+    'convmixer': (lambda: ConvMixer(12, 3, kernel_size=9, patch_size=4), 3),
+    'inception_next': (lambda: timm.create_model('inception_next_atto', depths=(1, 1, 1, 1), dims=(16, 24, 32, 40)), 8),
+    'fastvit': (lambda: timm.create_model('fastvit_t8', embed_dims=(8, 16, 32, 64), layers=(1, 1, 1, 1)), 4),
+}
+
+
+@pytest.mark.parametrize('kind', OTHER_NETWORKS)
+def test_large_convolutions_of_other_networks(kind):
+    """They compute as before, with the same parameters under the same names, deployed by timm or not."""
+    make, num_large = OTHER_NETWORKS[kind]
+    model = make().double()
+    randomize_norms(model)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.eval()
+    converted = copy.deepcopy(model)
+    parameters, modules = list(converted.named_parameters()), list(converted.named_modules())
+    assert convert_large_convs(converted) is converted
+    assert sum(type(m) is LargeConv2d for m in converted.modules()) == num_large
+    assert all(a is b for (_, a), (_, b) in zip(parameters, converted.named_parameters(), strict=True))
+    assert all(a is b for (_, a), (_, b) in zip(modules, converted.named_modules(), strict=True))
+    assert list(converted.state_dict()) == list(model.state_dict())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for fmt in (torch.contiguous_format, torch.channels_last):
+        x = x.to(memory_format=fmt)
+        outputs = [m.zero_grad() or m(x) for m in (model, converted)]
+        for y in outputs:
+            y.square().sum().backward()
+        assert relative_error(outputs[1], outputs[0]) < 1e-10
+        for p, q in zip(model.parameters(), converted.parameters(), strict=True):
+            assert relative_error(q.grad, p.grad) < 1e-9 or p.grad.norm() < 1e-9
+    model, converted = (reparameterize_model(m.eval()) for m in (model, converted))
+    with torch.no_grad():
+        assert relative_error(converted(x), model(x)) < 1e-10
+        assert relative_error(pickle.loads(pickle.dumps(converted))(x), model(x)) < 1e-10
+
+
+def test_large_convolutions_are_found():
+    """By what they compute, and only those."""
+    converted = nn.ModuleList(
+        [
+            nn.Conv2d(4, 4, 7, padding=3, groups=4),
+            nn.Conv2d(4, 6, (1, 11), padding=(0, 5), bias=False),
+            nn.Conv2d(1, 1, 9, padding='same', dilation=2),
+            nn.Conv2d(4, 4, 7, padding=(9, 3), groups=4, dilation=(3, 1)),
+        ]
+    )
+    left = nn.ModuleList(
+        [
+            nn.Conv2d(4, 4, 5, padding=2, groups=4),
+            nn.Conv2d(4, 4, 8, padding='same', groups=4),
+            nn.Conv2d(4, 4, 7, groups=4),
+            nn.Conv2d(4, 4, 7, padding=3, groups=2),
+            nn.Conv2d(4, 8, 7, padding=3, groups=4),
+            nn.Conv2d(4, 4, 7, padding=3, stride=2),
+            nn.Conv2d(4, 4, 7, padding=3, padding_mode='reflect'),
+            nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 7, padding=3)),
+            nn.Conv2d(4, 4, 7, padding=3),
+            nn.Conv1d(4, 4, 7, padding=3),
+            nn.ConvTranspose2d(4, 4, 7, padding=3),
+        ]
+    )
+    left[8].forward = left[8].forward  # as libraries do that move weights
+    kinds = [type(m) for m in left]
+    convert_large_convs(nn.ModuleList([converted, left]))
+    assert [type(m) for m in converted] == [LargeConv2d] * 4
+    assert [type(m) for m in left] == kinds
+    assert type(convert_large_convs(left[0], min_size=5)) is LargeConv2d
+    assert repr(converted[0]) == repr(nn.Conv2d(4, 4, 7, padding=3, groups=4)).replace('Conv2d', 'LargeConv2d')
+
+
+def test_large_convolutions_keep_what_is_attached_to_them():
+    """Hooks that see calls or compute weights, adapters, and the forms that exporters see."""
+    conv, x, seen = nn.Conv2d(4, 4, 9, padding='same', groups=4), torch.randn(1, 4, 12, 12), []
+    wanted = conv(x)
+    conv.register_forward_hook(lambda *args: seen.append(args))
+    net = convert_large_convs(nn.Sequential(conv))
+    torch.testing.assert_close(net(x), wanted)
+    assert len(seen) == 1
+    torch.nn.utils.prune.l1_unstructured(conv, 'weight', 0.5)
+    torch.testing.assert_close(net(x), F.conv2d(x, conv.weight_orig * conv.weight_mask, conv.bias, padding=4, groups=4))
+    net = convert_large_convs(nn.Sequential(nn.Conv2d(4, 4, 9, padding='same', groups=4)))
+    torch.testing.assert_close(torch.jit.script(net)(x), net(x))
+    exported = torch.export.export(net, (x,))
+    torch.testing.assert_close(exported.module()(x), net(x))
+    if hasattr(torch.compiler, 'is_exporting'):  # torch 2.6 cannot tell an export from a compilation
+        (call,) = [n.target for n in exported.graph.nodes if n.op == 'call_function']
+        assert call is torch.ops.aten.conv2d.default
+    like = type(net[0])(4, 4, net[0].kernel_size, net[0].stride, net[0].padding, groups=4)  # as LoRA does
+    like.load_state_dict(net[0].state_dict())
+    torch.testing.assert_close(like(x), net(x))
 
 
 @pytest.mark.parametrize('make', [lambda: LargeConv2d(4, 4, 5), lambda: CausalConv1d(4, 4, 5)])

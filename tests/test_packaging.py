@@ -14,6 +14,7 @@ import torch
 import timm_smpconv
 from timm_smpconv.catalog import model_names
 from timm_smpconv.classes import CIFAR10
+from timm_smpconv.layers import LargeConv2d
 from timm_smpconv.predict import load_model, predict_files
 from timm_smpconv.weights import WEIGHTS
 
@@ -169,11 +170,17 @@ def test_image_in_the_readme(monkeypatch):
 def test_layers_in_the_readme():
     """The block runs, with the shapes that its comments say."""
     names = {}
-    exec(_python_block('from timm_smpconv.layers import'), names)
+    exec(_python_block('PeripheralConv2d(64'), names)
     assert names['y'].shape == (2, 64, 56, 56) and names['weight'].shape == (64, 1, 31, 31)
     grid = names['peripheral'].kernel
     assert (grid.weights.shape, grid.small.shape) == ((64, 1, 13, 13), (64, 1, 5, 5))
     assert names['causal'](torch.randn(2, 1, 784)).shape == (2, 30, 784)
+
+
+def test_another_network_in_the_readme():
+    names = {}
+    exec(_python_block('convert_large_convs'), names)
+    assert sum(isinstance(m, LargeConv2d) for m in names['model'].modules()) == 18  # its blocks: 3, 3, 9 and 3
 
 
 @torch.inference_mode()

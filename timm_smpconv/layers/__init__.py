@@ -6,6 +6,7 @@ from .conv import (
     PointwiseConv2d as PointwiseConv2d,
     SMPConv1d as SMPConv1d,
     SMPConv2d as SMPConv2d,
+    convert_large_convs as convert_large_convs,
 )
 from .folding import check_part as check_part
 from .kernel import RenderedKernel as RenderedKernel, SMPKernel as SMPKernel, no_weight_decay as no_weight_decay

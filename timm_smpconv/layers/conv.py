@@ -24,6 +24,7 @@ __all__ = [
     'PointwiseConv2d',
     'SMPConv1d',
     'SMPConv2d',
+    'convert_large_convs',
 ]
 
 _LONG = 64  # taps from which it pays to look for zeros
@@ -39,7 +40,7 @@ class LargeConv2d(DropsCaches, nn.Conv2d):
         out_chs: int,
         kernel_size: Union[int, Tuple[int, int]],
         stride: Union[int, Tuple[int, int]] = 1,
-        padding: Union[int, Tuple[int, int], None] = None,
+        padding: Union[int, str, Tuple[int, int], None] = None,
         dilation: Union[int, Tuple[int, int]] = 1,
         groups: int = 1,
         bias: bool = True,
@@ -52,7 +53,7 @@ class LargeConv2d(DropsCaches, nn.Conv2d):
             out_chs: Output channels.
             kernel_size: Taps, odd; one number or (height, width).
             stride, padding: As for nn.Conv2d, for code that makes another convolution like this one (adapters): 1 and
-                dilation * (k // 2) (None too).
+                dilation * (k // 2) (None and 'same' too).
             dilation: Distance of neighbouring taps; one number or (rows, columns).
             groups: 1 for a dense convolution, in_chs = out_chs for a depthwise one.
             bias: Add a bias.
@@ -75,8 +76,7 @@ class LargeConv2d(DropsCaches, nn.Conv2d):
     @torch.jit.unused
     def is_same(self) -> bool:
         """Whether it still pads with zeros to the same size, without strides: code can change attributes."""
-        same = _same_padding(self.kernel_size, to_2tuple(self.dilation))
-        return (self.padding_mode, to_2tuple(self.padding), to_2tuple(self.stride)) == ('zeros', same, (1, 1))
+        return _is_same(self)
 
     @torch.jit.unused
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
@@ -85,6 +85,31 @@ class LargeConv2d(DropsCaches, nn.Conv2d):
             return self._conv_forward(x, weight, self.bias)
         convolve = ops.conv2d if self.groups == 1 else ops.depthwise_conv2d
         return convolve(x, weight, self.bias, self.dilation, self._kept.keep(weight))
+
+
+def convert_large_convs(module: nn.Module, min_size: int = 7) -> nn.Module:
+    """Makes the large convolutions of any network convolve through `ops`, as `LargeConv2d`, in place.
+
+    They stay the objects that they are, with their parameters, hooks and names in the state dict: it can be called
+    before or after weights are loaded and an optimizer is made; before torch.compile. Converted are modules of the
+    class nn.Conv2d itself, dense or depthwise, with odd kernels, strides of 1, and zeros for padding that make outputs
+    as large as the inputs. All others stay as they are.
+
+    Args:
+        module: A network, or a convolution.
+        min_size: Taps, in the longer dimension of a kernel, from which to convert.
+
+    Returns:
+        The module.
+    """
+    for conv in module.modules():
+        # a forward of its own may have wrapped that of the class
+        if type(conv) is not nn.Conv2d or 'forward' in vars(conv):
+            continue
+        fits = all(k % 2 for k in conv.kernel_size) and _fits_groups(conv.in_channels, conv.out_channels, conv.groups)
+        if fits and max(conv.kernel_size) >= min_size and _is_same(conv):
+            conv.__class__, conv._kept = LargeConv2d, KernelCache()
+    return module
 
 
 @register_notrace_module
@@ -271,7 +296,7 @@ class SMPConv2d(_RenderedConv):
         out_chs: int,
         kernel_size: Union[int, Sequence[int]],
         stride: Union[int, Tuple[int, int]] = 1,
-        padding: Union[int, Tuple[int, int], None] = None,
+        padding: Union[int, str, Tuple[int, int], None] = None,
         dilation: Union[int, Tuple[int, int]] = 1,
         groups: int = 1,
         bias: bool = True,
@@ -288,7 +313,8 @@ class SMPConv2d(_RenderedConv):
             in_chs: Input channels.
             out_chs: Output channels.
             kernel_size: Taps, odd; one number or (height, width).
-            stride, padding: As for nn.Conv2d, for code that was written for it: 1 and dilation * (k // 2) (None too).
+            stride, padding: As for nn.Conv2d, for code that was written for it: 1 and dilation * (k // 2) (None and
+                'same' too).
             dilation: Distance of neighbouring taps; one number or (rows, columns).
             groups: 1 for a dense convolution, in_chs = out_chs for a depthwise one.
             bias: Add a bias.
@@ -433,7 +459,7 @@ class PeripheralConv2d(_RenderedConv):
         out_chs: int,
         kernel_size: Union[int, Sequence[int]],
         stride: Union[int, Tuple[int, int]] = 1,
-        padding: Union[int, Tuple[int, int], None] = None,
+        padding: Union[int, str, Tuple[int, int], None] = None,
         dilation: Union[int, Tuple[int, int]] = 1,
         groups: int = 1,
         bias: bool = True,
@@ -449,7 +475,8 @@ class PeripheralConv2d(_RenderedConv):
             in_chs: Input channels.
             out_chs: Output channels.
             kernel_size: Taps in each dimension, odd; of two numbers both the same.
-            stride, padding: As for nn.Conv2d, for code that was written for it: 1 and dilation * (k // 2) (None too).
+            stride, padding: As for nn.Conv2d, for code that was written for it: 1 and dilation * (k // 2) (None and
+                'same' too).
             dilation: Distance of neighbouring taps; one number or (rows, columns).
             groups: 1 for a dense convolution, in_chs = out_chs for a depthwise one.
             bias: Add a bias.
@@ -520,6 +547,13 @@ def _same_padding(size: Sequence[int], dilation: Sequence[int]) -> Tuple[int, ..
     return tuple(k // 2 * d for k, d in zip(size, dilation))
 
 
+def _is_same(conv: nn.Conv2d) -> bool:
+    """Whether a convolution with an odd kernel pads with zeros to the same size, without strides."""
+    same = _same_padding(conv.kernel_size, to_2tuple(conv.dilation))
+    padding = same if conv.padding == 'same' else to_2tuple(conv.padding)
+    return (conv.padding_mode, padding, to_2tuple(conv.stride)) == ('zeros', same, (1, 1))
+
+
 def _same_geometry(
     conv: nn.Module, size: Tuple[int, ...], stride: Any, padding: Any, dilation: Any
 ) -> Dict[str, Tuple[int, ...]]:
@@ -528,7 +562,7 @@ def _same_geometry(
     if len(dilation) != 2 or not all(isinstance(d, numbers.Integral) and d >= 1 for d in dilation):
         raise ValueError(f'dilation must be positive (one number, or rows and columns), got {dilation}.')
     same = _same_padding(size, dilation)
-    _check_geometry(conv, stride=(stride, (1, 1)), padding=(same if padding is None else padding, same))
+    _check_geometry(conv, stride=(stride, (1, 1)), padding=(same if padding in (None, 'same') else padding, same))
     return dict(padding=same, dilation=dilation)
 
 
@@ -538,6 +572,10 @@ def _check_causal(conv: nn.Module, stride: Any, padding: Any, dilation: Any, gro
         raise ValueError(f'{type(conv).__name__} has one group, got {groups}: torch.nn has layers for others.')
 
 
+def _fits_groups(in_chs: int, out_chs: int, groups: int) -> bool:
+    return groups == 1 or groups == in_chs == out_chs
+
+
 def _is_depthwise(in_chs: int, out_chs: int, groups: int) -> bool:
     return groups > 1 or in_chs == out_chs == 1
 
@@ -545,7 +583,7 @@ def _is_depthwise(in_chs: int, out_chs: int, groups: int) -> bool:
 def _check_conv2d(in_chs: int, out_chs: int, kernel_size: Tuple[int, ...], groups: int) -> None:
     if len(kernel_size) != 2 or any(k < 1 or k % 2 == 0 for k in kernel_size):
         raise ValueError(f'kernel_size must be odd and positive (one number or height and width), got {kernel_size}.')
-    if groups != 1 and not groups == in_chs == out_chs:
+    if not _fits_groups(in_chs, out_chs, groups):
         raise ValueError(
             f'groups must be 1 (dense) or equal to in_chs and out_chs (depthwise), '
             f'got groups={groups}, in_chs={in_chs}, out_chs={out_chs}.'
