@@ -21,7 +21,14 @@ from timm_smpconv.ops.context import to_channels_last
 
 BACKENDS = ops.available_backends()
 OTHERS = [backend for backend in BACKENDS if backend != 'reference']
-OPS = {'depthwise': ops.depthwise_conv2d, 'dense': ops.conv2d, 'causal': ops.causal_conv1d}
+OPS = {
+    'depthwise': ops.depthwise_conv2d,
+    'dense': ops.conv2d,
+    'causal': ops.causal_conv1d,
+    'causal depthwise': ops.depthwise_causal_conv1d,
+    'sequence': ops.conv1d,
+    'sequence depthwise': ops.depthwise_conv1d,
+}
 # of a result of magnitude 1: inputs and output are rounded to this dtype, and torch itself sums float16 in float16
 FORWARD = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 BACKWARD = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 6e-2}
@@ -33,19 +40,25 @@ def make_case(op, batch, in_chs, out_chs, spatial, taps, dtype=torch.float64, se
     def randn(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    if op == 'causal':
-        return randn(batch, in_chs, spatial[0]), randn(out_chs, in_chs, taps[0]), randn(out_chs) if bias else None
-    odd = [2 * k + 1 for k in taps]
-    if op == 'depthwise':
-        return randn(batch, in_chs, *spatial), randn(in_chs, 1, *odd), randn(in_chs) if bias else None
-    return randn(batch, in_chs, *spatial), randn(out_chs, in_chs, *odd), randn(out_chs) if bias else None
+    if is_1d(op):
+        spatial, taps = spatial[:1], taps[:1]
+    if not op.startswith('causal'):
+        taps = [2 * k + 1 for k in taps]
+    if op.endswith('depthwise'):
+        return randn(batch, in_chs, *spatial), randn(in_chs, 1, *taps), randn(in_chs) if bias else None
+    return randn(batch, in_chs, *spatial), randn(out_chs, in_chs, *taps), randn(out_chs) if bias else None
+
+
+def is_1d(op):
+    return op.startswith(('causal', 'sequence'))
 
 
 def torch_result(op, x, weight, bias):
-    if op == 'causal':
-        return F.conv1d(F.pad(x, (weight.shape[2] - 1, 0)), weight, bias)
-    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-    return F.conv2d(x, weight, bias, padding=padding, groups=weight.shape[0] if op == 'depthwise' else 1)
+    groups = weight.shape[0] if op.endswith('depthwise') else 1
+    if op.startswith('causal'):
+        return F.conv1d(F.pad(x, (weight.shape[2] - 1, 0)), weight, bias, groups=groups)
+    convolve = F.conv1d if is_1d(op) else F.conv2d
+    return convolve(x, weight, bias, padding=tuple(k // 2 for k in weight.shape[2:]), groups=groups)
 
 
 def with_gradients(function, args):
@@ -81,7 +94,7 @@ shapes = dict(
 
 
 def fix(op, taps):
-    return (taps[0] + 1,) if op == 'causal' else taps  # at least one tap, even numbers of them in 1D only
+    return (taps[0] + 1,) if op.startswith('causal') else taps  # at least one tap, even numbers if causal only
 
 
 @given(**shapes)
@@ -249,6 +262,9 @@ def test_sequences_in_bfloat16_with_amx(monkeypatch):
         ('causal', 5, (300,), (300,)),
         ('causal', 5, (120,), (161,)),
         ('causal', 2, (500,), (64,)),
+        ('causal depthwise', 6, (300,), (300,)),
+        ('sequence', 5, (120,), (100,)),  # kernel longer than the sequence
+        ('sequence depthwise', 8, (500,), (20,)),
     ],
 )
 def test_larger_shapes_in_all_dtypes(backend, dtype, op, channels, spatial, taps):
@@ -390,14 +406,15 @@ def test_memory_formats_2d(backend, op):
 
 
 @pytest.mark.parametrize('backend', [*BACKENDS, None])
-def test_memory_formats_1d(backend):
-    x, weight, _ = make_case('causal', 2, 4, 3, (50,), (50,))
-    wanted = with_gradients(lambda *args: torch_result('causal', *args, None), (x, weight))
+@pytest.mark.parametrize('op', ['causal', 'causal depthwise', 'sequence', 'sequence depthwise'])
+def test_memory_formats_1d(backend, op):
+    x, weight, _ = make_case(op, 2, 4, 3, (50,), (50,))
+    wanted = with_gradients(lambda *args: torch_result(op, *args, None), (x, weight))
     # channels_last of a map of one row, which the output has then too
     x = x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     weight = weight.permute(2, 0, 1).contiguous().permute(1, 2, 0).requires_grad_()
     with ops.use_backend(backend):
-        y = ops.causal_conv1d(x, weight)
+        y = OPS[op](x, weight)
         upstream = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).sin()
         got = (y, *torch.autograd.grad(y, (x, weight), upstream))
     assert all(close(a, b, 1e-10) for a, b in zip(got, wanted))
@@ -772,6 +789,10 @@ def test_count_of_taps_on_the_map(n, k, data):
         ('causal', (1, 3, 8), (5, 2, 4), None, ('2', '(1, 3, 8)')),
         ('causal', (1, 3, 8), (5, 3, 4), (1,), ('bias', '(5,)', '(1,)')),
         ('causal', (1, 3, 0), (5, 3, 4), None, ('one step', '(1, 3, 0)')),
+        ('causal depthwise', (1, 3, 8), (3, 3, 4), None, ('depthwise_causal_conv1d', '(3, 1, K)', '(3, 3, 4)')),
+        ('sequence', (1, 3, 8), (5, 3, 4), None, ('conv1d expects an odd', '(4,)')),
+        ('sequence depthwise', (1, 3, 8), (3, 1, 4), None, ('depthwise_conv1d expects an odd', '(4,)')),
+        ('sequence depthwise', (1, 3, 0), (3, 1, 5), None, ('one step', '(1, 3, 0)')),
         ('dense', (1, 3, 0, 8), (5, 3, 3, 3), None, ('one step or pixel', '(1, 3, 0, 8)')),
         ('depthwise', (1, 3, 8, 0), (3, 1, 3, 3), None, ('one step or pixel', '(1, 3, 8, 0)')),
     ],
@@ -788,11 +809,15 @@ class _CallsOps(nn.Module):
         self.depthwise = nn.Parameter(torch.randn(3, 1, 5, 7))
         self.dense = nn.Parameter(torch.randn(3, 3, 3, 3))
         self.causal = nn.Parameter(torch.randn(2, 3, 20))
+        self.long = nn.Parameter(torch.randn(2, 1, 9))
+        self.sequence = nn.Parameter(torch.randn(2, 2, 9))
         self.bias = nn.Parameter(torch.randn(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = ops.conv2d(ops.depthwise_conv2d(x, self.depthwise), self.dense)
-        return ops.causal_conv1d(x.flatten(2), self.causal, self.bias)
+        x = ops.causal_conv1d(x.flatten(2), self.causal, self.bias)
+        x = ops.depthwise_conv1d(ops.depthwise_causal_conv1d(x, self.long), self.long, self.bias)
+        return ops.conv1d(x, self.sequence)
 
 
 def test_script():
@@ -830,8 +855,8 @@ def test_compiled_inference(op, layout):
     torch.compiler.reset()
     compiled = torch.compile(OPS[op], fullgraph=True, backend='aot_eager')
     assert relative_error(compiled(x, weight, bias), torch_result(op, x, weight, bias)) < FORWARD[torch.float32]
-    for dilation in [[1]] if op == 'causal' else [[1, 1], [2, 3]]:
-        arguments = (x, weight, bias, dilation, op == 'depthwise', layout == 'last')
+    for dilation in [[1]] if is_1d(op) else [[1, 1], [2, 3]]:
+        arguments = (x, weight, bias, dilation, op.endswith('depthwise'), op.startswith('causal'), layout == 'last')
         torch.library.opcheck(torch.ops.timm_smpconv.correlate.default, arguments)
 
 

@@ -1,6 +1,6 @@
 """Direct convolution: torch's own, in the memory format and with the gradients in which it is fast."""
 
-from typing import Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -36,41 +36,62 @@ def correlate(
         if is_channels_last(x):  # a format of maps
             return F.conv2d(F.pad(x.unsqueeze(2), padding), weight.unsqueeze(2), bias).squeeze(2)
         return F.conv1d(F.pad(x, padding), weight, bias)
+    right = [k - 1 - p for k, p in zip(weight.shape[2:], left)]
     if not depthwise or x.device.type != 'cpu':
-        return F.conv2d(x, weight, bias, padding=left, groups=x.shape[1] if depthwise else 1)
+        x, padding = _pad(x, left, right)
+        return F.conv2d(x, weight, bias, padding=padding, groups=x.shape[1] if depthwise else 1)
     if is_trained(x, weight):
-        y = _Depthwise.apply(x, weight, left)
+        y = _Depthwise.apply(x, weight, left, right)
         return y if bias is None else y + bias.reshape(1, -1, 1, 1)
-    return _depthwise(x, weight, left, bias)
+    return _depthwise(x, weight, left, right, bias)
 
 
 def _depthwise(
-    x: torch.Tensor, weight: torch.Tensor, left: Sequence[int], bias: Optional[torch.Tensor] = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    left: Sequence[int],
+    right: Sequence[int],
+    bias: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
+    """Depthwise convolution of a map with zeros before its rows and columns (left) and behind them (right)."""
     # on a CPU, torch is some twenty times faster on channels_last maps than on contiguous ones
     x = x if is_transformed() else x.contiguous(memory_format=torch.channels_last)
     # half precision is slow with many taps, which are multiplied in pairs with zeros, and in float16, and bfloat16
     # hangs except for whole vectors of channels (torch 2.15)
     if x.dtype in (torch.float16, torch.bfloat16) and (
-        x.dtype == torch.float16 or x.shape[1] % 32 or weight.shape[2] * weight.shape[3] >= _MANY_TAPS
+        x.dtype == torch.float16
+        or x.shape[1] % 32
+        or weight.shape[2] * weight.shape[3] >= _MANY_TAPS
+        or (_AMX and x.shape[2] == 1)  # a sequence
     ):
         with full_precision(x):  # autocast would undo it
-            return _depthwise(x.float(), weight.float(), left, None if bias is None else bias.float()).to(x.dtype)
-    rows, columns = left
+            bias = None if bias is None else bias.float()
+            return _depthwise(x.float(), weight.float(), left, right, bias).to(x.dtype)
     if _AVX512 and x.dtype == torch.float32 and weight.shape[3] in _SLOW_WIDTHS:
         zeros = (_FAST_WIDTH - weight.shape[3]) // 2
-        weight, columns = F.pad(weight, (zeros, zeros)), columns + zeros
-    return F.conv2d(x, weight, bias, padding=(rows, columns), groups=x.shape[1])
+        weight = F.pad(weight, (zeros, zeros))
+        left, right = (left[0], left[1] + zeros), (right[0], right[1] + zeros)
+    x, padding = _pad(x, left, right)
+    return F.conv2d(x, weight, bias, padding=padding, groups=x.shape[1])
+
+
+def _pad(x: torch.Tensor, left: Sequence[int], right: Sequence[int]) -> Tuple[torch.Tensor, List[int]]:
+    """Leaves to torch as many zeros as are on both sides: what is returned beside a map with the others."""
+    both = [min(before, behind) for before, behind in zip(left, right)]
+    others = []
+    for before, behind, number in zip(reversed(left), reversed(right), reversed(both)):
+        others += [before - number, behind - number]
+    return (F.pad(x, others) if any(others) else x), both
 
 
 class _Depthwise(torch.autograd.Function):
     """Depthwise convolution whose gradients are depthwise convolutions too: torch's own are slow for large kernels."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...]):
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, left: Sequence[int], right: Sequence[int]):
         ctx.save_for_backward(x, weight)
-        ctx.left = left
-        return _depthwise(x, weight, left)
+        ctx.padding = left, right
+        return _depthwise(x, weight, left, right)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
@@ -78,24 +99,29 @@ class _Depthwise(torch.autograd.Function):
         grad_x = grad_w = None
         with full_precision(grad):  # a backward pass may be called within autocast
             if ctx.needs_input_grad[0]:
-                right = [k - 1 - p for k, p in zip(weight.shape[2:], ctx.left)]
-                grad_x = correlate(grad, weight.flip(2, 3), None, right, True)
+                padding = [[k - 1 - p for k, p in zip(weight.shape[2:], side)] for side in ctx.padding]
+                grad_x = _differentiable(grad, weight.flip(2, 3), *padding)
             if ctx.needs_input_grad[1]:
                 if torch.compiler.is_compiling():  # which would spell the loop out
-                    return grad_x, _weight_grad_at_once(x, grad, weight, ctx.left), None
+                    return grad_x, _weight_grad_at_once(x, grad, weight, *ctx.padding), None, None
                 # the map of gradients is the kernel; one image at a time beats batch * channels groups
                 total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
                 for image, kernel in zip(x.to(total.dtype).split(1), grad.to(total.dtype).unbind()):
-                    total += correlate(image, kernel.unsqueeze(1), None, ctx.left, True).permute(1, 0, 2, 3)
+                    total += _differentiable(image, kernel.unsqueeze(1), *ctx.padding).permute(1, 0, 2, 3)
                 grad_w = total.to(weight.dtype)
-        return grad_x, grad_w, None
+        return grad_x, grad_w, None, None
+
+
+def _differentiable(x: torch.Tensor, weight: torch.Tensor, left: Sequence[int], right: Sequence[int]) -> torch.Tensor:
+    return (_Depthwise.apply if is_trained(x, weight) else _depthwise)(x, weight, left, right)
 
 
 def _weight_grad_at_once(
-    x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor, left: Sequence[int]
+    x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor, left: Sequence[int], right: Sequence[int]
 ) -> torch.Tensor:
     """Gradient of a depthwise kernel by one convolution of batch * channels groups."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     images, maps = x.to(dtype).flatten(0, 1).unsqueeze(0), grad.to(dtype).flatten(0, 1).unsqueeze(1)
-    each = F.conv2d(images, maps, padding=list(left), groups=maps.shape[0])[0].unflatten(0, x.shape[:2])
+    images, padding = _pad(images, left, right)
+    each = F.conv2d(images, maps, padding=padding, groups=maps.shape[0])[0].unflatten(0, x.shape[:2])
     return each.sum(0).unsqueeze(1).to(weight.dtype)

@@ -37,6 +37,8 @@ def correlate(
     Returns:
         Output, (B, O, *spatial), in the dtype of x.
     """
+    if depthwise and x.ndim == 4 and x.shape[2] == weight.shape[2] == 1:  # of one row: a transform less
+        return correlate(x.squeeze(2), weight.squeeze(2), bias, left[1:], depthwise, keep).unsqueeze(2)
     compute = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     y = _correlate_in_parts(x.to(compute), weight.to(compute), left, depthwise, keep)
     if bias is not None:

@@ -23,7 +23,10 @@ __all__ = [
     'available_backends',
     'causal_conv1d',
     'choose_backend',
+    'conv1d',
     'conv2d',
+    'depthwise_causal_conv1d',
+    'depthwise_conv1d',
     'depthwise_conv2d',
     'to_fast_format',
     'use_backend',
@@ -115,7 +118,7 @@ def choose_backend(
     depthwise ones on a GPU.
 
     Args:
-        x: Input, (B, I, *spatial).
+        x: Input, (B, I, *spatial); depthwise sequences as maps of one row.
         weight: Kernel, (O, I, *taps), or (I, 1, *taps) if depthwise.
         left: Zeros to the left of the input, one number per spatial dimension.
         depthwise: One filter per channel.
@@ -138,10 +141,10 @@ def _choose_on_cpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
     kernels = out_chs * in_chs / batch
     dense = not depthwise and x.ndim == 4
     size = [fft.cyclic_len(n, k, p) for n, k, p in zip(shape, taps, left)]
-    multiply_adds = points = 1
-    for n, k, p, cyclic in zip(shape, taps, left, size):
+    points = _count_points(shape, size)
+    multiply_adds = 1
+    for n, k, p in zip(shape, taps, left):
         multiply_adds *= n * k if dense else _taps_on_map(n, k, p)
-        points *= fft.fast_len(cyclic)
     for chs in (out_chs, in_chs):
         multiply_adds *= -(-chs // _VECTOR) * _VECTOR if dense else chs
     products = 0 if depthwise else 2 * out_chs * in_chs
@@ -175,9 +178,7 @@ def _choose_on_gpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
         'direct': float(maps * taps_on_map * _taps_on_map(width, taps_w, left[1])),
         'fft': _GPU_LAUNCHES['fft'],
     }
-    points = 1
-    for n, k, p in zip(x.shape[2:], weight.shape[2:], left):
-        points *= fft.fast_len(fft.cyclic_len(n, k, p))
+    points = _count_points(x.shape[2:], [fft.cyclic_len(*sizes) for sizes in zip(x.shape[2:], weight.shape[2:], left)])
     costs['fft'] += points * _GPU_TRANSFORM * (2 * maps + weight.shape[0])
     last = is_channels_last(x)
     if last:
@@ -235,6 +236,11 @@ def _cheapest(costs: Dict[str, float], backward: Dict[str, float]) -> str:
     return best
 
 
+def _count_points(shape: Sequence[int], size: Sequence[int]) -> int:
+    """Points of a transform to the given cyclic lengths in `fft`, which takes a map of one row as a sequence."""
+    return math.prod(fft.fast_len(n) for n in (size[1:] if shape[0] == size[0] == 1 else size))
+
+
 def _taps_on_map(n: int, k: int, left: int) -> int:
     """Taps that fall on a map of n entries, summed over its n outputs: all of them, less a triangle at each end."""
     taps = n * k
@@ -272,7 +278,7 @@ def depthwise_conv2d(
         _check('depthwise_conv2d', x, weight, bias, ndim=4, depthwise=True)
         dilation = _as_pair('depthwise_conv2d', dilation)
         if not is_exporting():
-            return _convolve(x, weight, bias, dilation, True, keep)
+            return _convolve(x, weight, bias, dilation, True, False, keep)
     padding = [weight.shape[2] // 2 * dilation[0], weight.shape[3] // 2 * dilation[1]]
     return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=weight.shape[0])
 
@@ -305,7 +311,7 @@ def conv2d(
         _check('conv2d', x, weight, bias, ndim=4, depthwise=False)
         dilation = _as_pair('conv2d', dilation)
         if not is_exporting():
-            return _convolve(x, weight, bias, dilation, False, keep)
+            return _convolve(x, weight, bias, dilation, False, False, keep)
     padding = [weight.shape[2] // 2 * dilation[0], weight.shape[3] // 2 * dilation[1]]
     return F.conv2d(x, weight, bias, padding=padding, dilation=dilation)
 
@@ -330,10 +336,88 @@ def causal_conv1d(
         TypeError: Integers, or two dtypes outside autocast.
     """
     if not torch.jit.is_scripting():
-        _check('causal_conv1d', x, weight, bias, ndim=3, depthwise=False)
+        _check('causal_conv1d', x, weight, bias, ndim=3, depthwise=False, causal=True)
         if not is_exporting():
-            return _convolve(x, weight, bias, (1,), False, keep)
+            return _convolve(x, weight, bias, (1,), False, True, keep)
     return F.conv1d(F.pad(x, [weight.shape[2] - 1, 0]), weight, bias)
+
+
+@register_notrace_function  # looks at shapes, which symbolic tracing cannot follow
+def depthwise_causal_conv1d(
+    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None, keep: Any = None
+) -> torch.Tensor:
+    """Depthwise causal convolution: output t sees inputs <= t, the last tap multiplies the present sample.
+
+    Args:
+        x: Input, (B, C, L) or (C, L).
+        weight: Kernel, (C, 1, K), K of any parity and larger or smaller than L.
+        bias: Bias, (C,).
+        keep: A `Keep` for a constant kernel in inference, such as `layers.KernelCache` makes; not in TorchScript.
+
+    Returns:
+        Output, (B, C, L) or (C, L).
+
+    Raises:
+        ValueError: Shapes that do not fit, or an empty sequence.
+        TypeError: Integers, or two dtypes outside autocast.
+    """
+    if not torch.jit.is_scripting():
+        _check('depthwise_causal_conv1d', x, weight, bias, ndim=3, depthwise=True, causal=True)
+        if not is_exporting():
+            return _convolve(x, weight, bias, (1,), True, True, keep)
+    return F.conv1d(F.pad(x, [weight.shape[2] - 1, 0]), weight, bias, groups=weight.shape[0])
+
+
+@register_notrace_function  # looks at shapes, which symbolic tracing cannot follow
+def conv1d(
+    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None, keep: Any = None
+) -> torch.Tensor:
+    """Dense convolution of sequences with zero padding K // 2.
+
+    Args:
+        x: Input, (B, I, L) or (I, L).
+        weight: Kernel, (O, I, K), K odd.
+        bias: Bias, (O,).
+        keep: A `Keep` for a constant kernel in inference, such as `layers.KernelCache` makes; not in TorchScript.
+
+    Returns:
+        Output, (B, O, L) or (O, L).
+
+    Raises:
+        ValueError: Shapes that do not fit, or an empty sequence, or an even kernel size.
+        TypeError: Integers, or two dtypes outside autocast.
+    """
+    if not torch.jit.is_scripting():
+        _check('conv1d', x, weight, bias, ndim=3, depthwise=False, causal=False)
+        if not is_exporting():
+            return _convolve(x, weight, bias, (1,), False, False, keep)
+    return F.conv1d(x, weight, bias, padding=weight.shape[2] // 2)
+
+
+@register_notrace_function  # looks at shapes, which symbolic tracing cannot follow
+def depthwise_conv1d(
+    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None, keep: Any = None
+) -> torch.Tensor:
+    """Depthwise convolution of sequences with zero padding K // 2.
+
+    Args:
+        x: Input, (B, C, L) or (C, L).
+        weight: Kernel, (C, 1, K), K odd.
+        bias: Bias, (C,).
+        keep: A `Keep` for a constant kernel in inference, such as `layers.KernelCache` makes; not in TorchScript.
+
+    Returns:
+        Output, (B, C, L) or (C, L).
+
+    Raises:
+        ValueError: Shapes that do not fit, or an empty sequence, or an even kernel size.
+        TypeError: Integers, or two dtypes outside autocast.
+    """
+    if not torch.jit.is_scripting():
+        _check('depthwise_conv1d', x, weight, bias, ndim=3, depthwise=True, causal=False)
+        if not is_exporting():
+            return _convolve(x, weight, bias, (1,), True, False, keep)
+    return F.conv1d(x, weight, bias, padding=weight.shape[2] // 2, groups=weight.shape[0])
 
 
 @register_notrace_function  # looks at shapes, which symbolic tracing cannot follow
@@ -357,11 +441,12 @@ def _convolve(
     bias: Optional[torch.Tensor],
     dilation: Sequence[int],
     depthwise: bool,
+    causal: bool,
     keep: Optional[Keep],
 ) -> torch.Tensor:
     """What a convolution does once its shapes are found to fit."""
     if x.ndim < weight.ndim:
-        return _convolve(x.unsqueeze(0), weight, bias, dilation, depthwise, keep).squeeze(0)
+        return _convolve(x.unsqueeze(0), weight, bias, dilation, depthwise, causal, keep).squeeze(0)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # there is no autocast on meta
         dtype = torch.get_autocast_dtype(x.device.type)
         if weight.dtype not in (dtype, torch.float64):  # which autocast leaves alone
@@ -377,8 +462,8 @@ def _convolve(
         )
     bias = None if bias is None else bias.to(x.dtype)
     if _is_left_whole(x, weight, bias):
-        return _correlate_op(x, weight, bias, list(dilation), depthwise, is_channels_last(x))
-    return _correlate_dilated(x, weight, bias, dilation, depthwise, keep)
+        return _correlate_op(x, weight, bias, list(dilation), depthwise, causal, is_channels_last(x))
+    return _correlate_dilated(x, weight, bias, dilation, depthwise, causal, keep)
 
 
 def _correlate_dilated(
@@ -387,11 +472,12 @@ def _correlate_dilated(
     bias: Optional[torch.Tensor],
     dilation: Sequence[int],
     depthwise: bool,
+    causal: bool,
     keep: Optional[Keep] = None,
 ) -> torch.Tensor:
     """Makes maps of their own of entries that see each other, between which there are no holes."""
     if max(dilation) == 1:
-        return _correlate(x, weight, bias, depthwise, keep)
+        return _correlate(x, weight, bias, depthwise, causal, keep)
     (height, width), in_chs, out_chs = x.shape[2:], x.shape[1], weight.shape[0]
     rows, columns = (min(d, n) for d, n in zip(dilation, (height, width)))  # farther moves no tap onto the map
     last = is_channels_last(x)
@@ -405,7 +491,7 @@ def _correlate_dilated(
         maps = maps.permute(0, 3, 5, 2, 4, 1).reshape(batch, *size, in_chs).permute(0, 3, 1, 2)
     else:
         maps = maps.permute(0, 3, 5, 1, 2, 4).reshape(batch, in_chs, *size)
-    y = _correlate(maps, weight, bias, depthwise, keep).reshape(x.shape[0], rows, columns, out_chs, *size)
+    y = _correlate(maps, weight, bias, depthwise, causal, keep).reshape(x.shape[0], rows, columns, out_chs, *size)
     if last:
         y = y.permute(0, 4, 1, 5, 2, 3).reshape(x.shape[0], *x.shape[2:], out_chs).permute(0, 3, 1, 2)
     else:
@@ -415,18 +501,23 @@ def _correlate_dilated(
 
 
 def _correlate(
-    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], depthwise: bool, keep: Optional[Keep]
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    depthwise: bool,
+    causal: bool,
+    keep: Optional[Keep],
 ) -> torch.Tensor:
     """Cuts off the taps that no input can reach, and passes on to a backend."""
-    if x.ndim == 3:  # causal
-        taps = min(weight.shape[2], x.shape[2])
-        weight, left = weight[..., weight.shape[2] - taps :], (taps - 1,)
-    else:
-        for dim in (2, 3):
-            half, reach = weight.shape[dim] // 2, x.shape[dim] - 1
-            if half > reach:
-                weight = weight.narrow(dim, half - reach, 2 * reach + 1)
-        left = (weight.shape[2] // 2, weight.shape[3] // 2)
+    if depthwise and x.ndim == 3:  # a sequence is a map of one row
+        return _correlate(x.unsqueeze(2), weight.unsqueeze(2), bias, depthwise, causal, keep).squeeze(2)
+    for dim in range(2, x.ndim):
+        taps, reach = weight.shape[dim], x.shape[dim] - 1
+        if causal:
+            weight = weight.narrow(dim, taps - min(taps, reach + 1), min(taps, reach + 1))
+        elif taps // 2 > reach:
+            weight = weight.narrow(dim, taps // 2 - reach, 2 * reach + 1)
+    left = tuple([taps - 1 if causal else taps // 2 for taps in weight.shape[2:]])
     if x.shape[0] == 0:  # nothing to transform
         return direct.correlate(x, weight, bias, left, depthwise, keep)
     return _BACKENDS[_forced or choose_backend(x, weight, left, depthwise)](x, weight, bias, left, depthwise, keep)
@@ -450,9 +541,10 @@ def _correlate_whole(
     bias: Optional[torch.Tensor],
     dilation: List[int],
     depthwise: bool,
+    causal: bool,
     last: bool,
 ) -> torch.Tensor:
-    return _in_format(_correlate_dilated(x, weight, bias, dilation, depthwise), last)
+    return _in_format(_correlate_dilated(x, weight, bias, dilation, depthwise, causal), last)
 
 
 def _in_format(y: torch.Tensor, last: bool) -> torch.Tensor:
@@ -469,6 +561,7 @@ def _(
     bias: Optional[torch.Tensor],
     dilation: List[int],
     depthwise: bool,
+    causal: bool,
     last: bool,
 ) -> torch.Tensor:
     return _in_format(x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:]), last)
@@ -493,6 +586,7 @@ def _check(
     bias: Optional[torch.Tensor],
     ndim: int,
     depthwise: bool,
+    causal: bool = False,
 ) -> None:
     if torch.jit.is_tracing():  # sizes are tensors, of whose values a trace warns
         return
@@ -507,13 +601,14 @@ def _check(
         )
     channels = x.shape[1 - ndim]
     if depthwise and (weight.shape[1] != 1 or weight.shape[0] != channels):
+        taps = 'kh, kw' if ndim == 4 else 'K'
         raise ValueError(
-            f'{name} expects a kernel of shape ({channels}, 1, kh, kw) for {channels} channels, '
+            f'{name} expects a kernel of shape ({channels}, 1, {taps}) for {channels} channels, '
             f'got an input of shape {tuple(x.shape)} and a kernel of shape {tuple(weight.shape)}.'
         )
     if not depthwise and weight.shape[1] != channels:
         raise ValueError(f'{name} expects {weight.shape[1]} input channels, got an input of shape {tuple(x.shape)}.')
-    if ndim == 4 and not (weight.shape[2] % 2 and weight.shape[3] % 2):
+    if not causal and not all(taps % 2 for taps in weight.shape[2:]):
         raise ValueError(f'{name} expects an odd kernel size, got {tuple(weight.shape[2:])}.')
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f'{name} expects a bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}.')
