@@ -41,11 +41,21 @@ SHAPES = {
         *((30, 30, 1024, 1024), (30, 30, 4000, 16), (30, 30, 16000, 5), (30, 30, 16000, 60), (30, 30, 16000, 16000)),
         (64, 64, 1024, 256),
     ],
+    'depthwise sequence': [
+        (c, 0, n, k) for c, n in ((256, 250), (256, 1000), (64, 4000), (64, 16000)) for k in (7, 31, 101, 501, 4000)
+    ],
 }
 BACKENDS = {
     'depthwise': ('direct', 'fft', 'toeplitz'),
     'dense': ('direct', 'fft', 'dft'),
     'sequence': ('direct', 'fft'),
+    'depthwise sequence': ('direct', 'fft', 'toeplitz'),
+}
+OPS = {
+    'depthwise': ops.depthwise_conv2d,
+    'dense': ops.conv2d,
+    'sequence': ops.causal_conv1d,
+    'depthwise sequence': ops.depthwise_causal_conv1d,
 }
 DTYPES = {'bfloat16': torch.bfloat16, 'float32': torch.float32}
 _MAX_NUMBERS = 2**29  # of a map
@@ -62,7 +72,7 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A convolution; maps are square and in channels_last format."""
+    """A convolution; maps are square and in channels_last format; sequences are contiguous, and causal."""
 
     kind: str
     in_chs: int
@@ -73,9 +83,13 @@ class Case:
     dtype: str
     train: bool
 
+    @property
+    def dims(self) -> int:
+        return 1 if self.kind.endswith('sequence') else 2
+
     def tensors(self, device: str) -> Tuple[torch.Tensor, torch.Tensor]:
         """Input and kernel, with taps that no input can reach cut off as `ops` does."""
-        dims = 1 if self.kind == 'sequence' else 2
+        dims = self.dims
         taps = min(self.taps, self.size if dims == 1 else 2 * self.size - 1)
         options = dict(device=device, dtype=DTYPES[self.dtype])
         x = torch.randn(self.batch, self.in_chs, *[self.size] * dims, **options)
@@ -88,16 +102,18 @@ class Case:
     def choice(self, device: str) -> str:
         """What `choose_backend` says, asked without data."""
         x, weight = self.tensors('meta')
-        left = tuple(k - 1 if self.kind == 'sequence' else k // 2 for k in weight.shape[2:])
+        left = tuple(k - 1 if self.dims == 1 else k // 2 for k in weight.shape[2:])
+        if self.dims == 1 and not self.out_chs:  # a map of one row
+            x, weight, left = x.unsqueeze(2), weight.unsqueeze(2), (0, *left)
         return ops.choose_backend(x, weight, left, not self.out_chs, device=device)
 
     def numbers(self) -> int:
         """Entries of the input."""
-        return self.batch * self.in_chs * self.size ** (1 if self.kind == 'sequence' else 2)
+        return self.batch * self.in_chs * self.size**self.dims
 
     def products(self) -> int:
         """Multiply-adds of a direct convolution."""
-        return self.numbers() * self.taps ** (1 if self.kind == 'sequence' else 2) * max(self.out_chs, 1)
+        return self.numbers() * self.taps**self.dims * max(self.out_chs, 1)
 
 
 def all_cases(kinds: List[str], batches: List[int]) -> Iterator[Case]:
@@ -111,7 +127,7 @@ def all_cases(kinds: List[str], batches: List[int]) -> Iterator[Case]:
 def measure(case: Case, backend: str, device: str) -> float:
     """Median time in ms, from the call to the end of its work."""
     x, weight = case.tensors(device)
-    convolve = {'depthwise': ops.depthwise_conv2d, 'dense': ops.conv2d, 'sequence': ops.causal_conv1d}[case.kind]
+    convolve = OPS[case.kind]
 
     def run() -> None:
         y = convolve(x, weight)

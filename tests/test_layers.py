@@ -16,6 +16,7 @@ from torch import nn
 from timm_smpconv import ops
 from timm_smpconv.layers import (
     CausalConv1d,
+    LargeConv1d,
     LargeConv2d,
     PeripheralConv2d,
     PeripheralKernel,
@@ -61,13 +62,14 @@ def test_conv2d(in_chs, out_chs, groups, size, bias):
 @pytest.mark.parametrize('taps', [1, 2, 20, 161, 400])
 @pytest.mark.parametrize('length', [1, 50, 400])
 @pytest.mark.parametrize('center', [None, 0.9])
-def test_conv1d_is_causal(taps, length, bias, center):
-    layer = spread(SMPConv1d(3, 5, taps, bias=bias, radius=0.1))
+@pytest.mark.parametrize('channels, groups', [((3, 5), 1), ((4, 4), 4)])
+def test_conv1d_is_causal(taps, length, bias, center, channels, groups):
+    layer = spread(SMPConv1d(*channels, taps, bias=bias, radius=0.1, groups=groups))
     if center is not None:  # the leading taps are zero, and left out
         layer.kernel.coords.data.mul_(0.05).add_(center)
         layer.kernel.set_radius(0.05)
-    x = torch.randn(2, 3, length, dtype=torch.float64, requires_grad=True)
-    wanted = F.conv1d(F.pad(x, (taps - 1, 0)), layer.kernel(), layer.bias)
+    x = torch.randn(2, channels[0], length, dtype=torch.float64, requires_grad=True)
+    wanted = F.conv1d(F.pad(x, (taps - 1, 0)), layer.kernel(), layer.bias, groups=groups)
     got = layer(x)
     assert (got - wanted).abs().max() <= 1e-10 * wanted.abs().max().clamp_min(1.0)
     inputs = [x, *layer.parameters()]
@@ -76,17 +78,47 @@ def test_conv1d_is_causal(taps, length, bias, center):
         assert (a - b).abs().max() <= 1e-9 * b.abs().max().clamp_min(1.0)
 
 
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('taps, length', [(1, 9), (7, 50), (161, 50), (31, 400)])
+@pytest.mark.parametrize('channels, groups', [((3, 5), 1), ((4, 4), 4), ((1, 1), 1)])
+def test_centred_conv1d(taps, length, bias, channels, groups):
+    """As torch's with padding='same', whose form it deploys to."""
+    layer = spread(SMPConv1d(*channels, taps, padding='same', groups=groups, bias=bias, radius=0.1, causal=False))
+    x = torch.randn(2, channels[0], length, dtype=torch.float64)
+    wanted = F.conv1d(x, layer.kernel(), layer.bias, padding='same', groups=groups)
+    assert relative_error(layer(x), wanted) < 1e-10
+    layer(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+    deployed = layer.eval().fuse()
+    assert type(deployed) is LargeConv1d and deployed.groups == groups
+    for function in (deployed, torch.jit.script(layer), torch.jit.script(deployed)):
+        assert relative_error(function(x), wanted) < 1e-10
+    plain = nn.Conv1d(*channels, taps, padding=taps // 2, groups=groups, bias=bias, dtype=torch.float64)
+    plain.load_state_dict(deployed.state_dict())
+    assert relative_error(plain(x), wanted) < 1e-10
+
+
+@pytest.mark.parametrize('causal', [False, True])
+def test_depthwise_conv1d_deploys(causal):
+    layer = spread(SMPConv1d(4, 4, 31, groups=4, causal=causal, radius=0.1)).eval()
+    x = torch.randn(2, 4, 60, dtype=torch.float64)
+    wanted = layer(x)
+    for function in (layer.fuse(), torch.jit.script(layer), torch.export.export(layer, (x,)).module()):
+        assert relative_error(function(x), wanted) < 1e-10
+
+
 @pytest.mark.parametrize('zeros', [0, 1, 150, 299, 300])
-def test_deployed_conv1d_leaves_out_leading_zeros(monkeypatch, zeros):
+@pytest.mark.parametrize('out_chs, groups, name', [(3, 1, 'causal_conv1d'), (2, 2, 'depthwise_causal_conv1d')])
+def test_deployed_conv1d_leaves_out_leading_zeros(monkeypatch, zeros, out_chs, groups, name):
     """In inference the taps that no point reached cost nothing; the sum is the same, also after a change in place."""
     taps = []
-    real = ops.causal_conv1d
-    monkeypatch.setattr(ops, 'causal_conv1d', lambda x, w, *args: taps.append(w.shape[2]) or real(x, w, *args))
-    conv = CausalConv1d(2, 3, 300, dtype=torch.float64)
+    real = getattr(ops, name)
+    monkeypatch.setattr(ops, name, lambda x, w, *args: taps.append(w.shape[2]) or real(x, w, *args))
+    conv = CausalConv1d(2, out_chs, 300, groups=groups, dtype=torch.float64)
     x = torch.randn(2, 2, 400, dtype=torch.float64)
     with torch.no_grad():
         conv.weight[..., :zeros] = 0
-        wanted = F.conv1d(F.pad(x, (299, 0)), conv.weight, conv.bias)
+        wanted = F.conv1d(F.pad(x, (299, 0)), conv.weight, conv.bias, groups=groups)
         assert relative_error(conv(x), wanted) <= 1e-12
         conv.weight[1, 0, 0] = 1.0
         conv(x)
@@ -126,7 +158,15 @@ def test_defaults(layer, points, radius):
         (lambda: SMPConv2d(4, 4, 7, 1, 2, groups=4), ('padding=(3, 3)', '2')),
         (lambda: SMPConv2d(4, 4, 7, stride=2), ('stride=(1, 1)', '2')),
         (lambda: SMPConv1d(4, 4, 7, 1, 3), ('padding=(0,)', '3')),
-        (lambda: SMPConv1d(4, 4, 7, groups=4), ('one group', '4')),
+        (lambda: SMPConv1d(4, 4, 7, 1, 3, causal=True), ('padding=(0,)', '3')),
+        (lambda: SMPConv1d(4, 4, 7, 1, 0, causal=False), ('padding=(3,)', '0')),
+        (lambda: SMPConv1d(4, 4, 8, causal=False), ('odd', '8')),
+        (lambda: SMPConv1d(4, 8, 7, groups=4), ('groups', '4', '8')),
+        (lambda: CausalConv1d(4, 4, 7, groups=2), ('groups', '2')),
+        (lambda: LargeConv1d(4, 4, 8), ('odd and positive (one number)', '8')),
+        (lambda: LargeConv1d(4, 4, 7, dilation=2), ('LargeConv1d has dilation=(1,)', '2')),
+        (lambda: LargeConv1d(4, 4, 7, padding=2), ('padding=(3,)', '2')),
+        (lambda: LargeConv1d(4, 4, 7, stride=2), ('stride=(1,)', '2')),
         (lambda: SMPConv1d(4, 4, (7, 9)), ('number of taps', '(7, 9)')),
         (lambda: PeripheralConv2d(4, 4, 7, 1, 3, 2, groups=4), ('padding=(6, 6)', '3')),
         (lambda: SMPConv2d(4, 4, 7, dilation=0, groups=4), ('dilation', '(0, 0)')),
@@ -333,6 +373,9 @@ CONSTANT = {
     'dense': (lambda: LargeConv2d(3, 4, 9), lambda n: torch.randn(2, 3, n, n + 2)),
     'depthwise': (lambda: LargeConv2d(3, 3, 9, groups=3), lambda n: torch.randn(2, 3, n, n + 2)),
     'causal': (lambda: CausalConv1d(3, 4, 70), lambda n: torch.randn(2, 3, 6 * n)),
+    'causal, depthwise': (lambda: CausalConv1d(3, 3, 70, groups=3), lambda n: torch.randn(2, 3, 6 * n)),
+    'centred': (lambda: LargeConv1d(3, 4, 31), lambda n: torch.randn(2, 3, 6 * n)),
+    'centred, depthwise': (lambda: LargeConv1d(3, 3, 31, groups=3), lambda n: torch.randn(2, 3, 6 * n)),
     'points, dense': (lambda: SMPConv2d(3, 4, 9), lambda n: torch.randn(2, 3, n, n + 2)),
     'points, depthwise': (lambda: SMPConv2d(3, 3, 9, groups=3), lambda n: torch.randn(2, 3, n, n + 2)),
     'points, causal': (lambda: SMPConv1d(3, 4, 70), lambda n: torch.randn(2, 3, 6 * n)),
@@ -437,6 +480,7 @@ def test_what_is_kept_stays_out_of_the_way(kind, num_transforms):
         (LargeConv2d(4, 6, 9), torch.randn(2, 4, 12, 12)),
         (PointwiseConv2d(4, 6), torch.randn(2, 4, 12, 12)),
         (CausalConv1d(4, 6, 70), torch.randn(2, 4, 100)),
+        (LargeConv1d(4, 6, 31), torch.randn(2, 4, 100)),
     ],
 )
 def test_adapters_make_convolutions_like_these(layer, x):
@@ -499,6 +543,8 @@ def test_large_convolutions_are_found():
             nn.Conv2d(4, 6, (1, 11), padding=(0, 5), bias=False),
             nn.Conv2d(1, 1, 9, padding='same', dilation=2),
             nn.Conv2d(4, 4, 7, padding=(9, 3), groups=4, dilation=(3, 1)),
+            nn.Conv1d(4, 4, 31, padding=15, groups=4),
+            nn.Conv1d(4, 6, 31, padding='same', bias=False),
         ]
     )
     left = nn.ModuleList(
@@ -512,16 +558,22 @@ def test_large_convolutions_are_found():
             nn.Conv2d(4, 4, 7, padding=3, padding_mode='reflect'),
             nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 7, padding=3)),
             nn.Conv2d(4, 4, 7, padding=3),
-            nn.Conv1d(4, 4, 7, padding=3),
+            nn.Conv1d(4, 4, 7),
+            nn.Conv1d(4, 4, 7, padding='same', dilation=2),
             nn.ConvTranspose2d(4, 4, 7, padding=3),
         ]
     )
     left[8].forward = left[8].forward  # as libraries do that move weights
     kinds = [type(m) for m in left]
     convert_large_convs(nn.ModuleList([converted, left]))
-    assert [type(m) for m in converted] == [LargeConv2d] * 4
+    assert [type(m) for m in converted] == [LargeConv2d] * 4 + [LargeConv1d] * 2
     assert [type(m) for m in left] == kinds
     assert type(convert_large_convs(left[0], min_size=5)) is LargeConv2d
+    sequences = torch.randn(2, 4, 50)
+    for conv in converted[4:]:
+        torch.testing.assert_close(conv(sequences), nn.Conv1d.forward(conv, sequences), rtol=1e-4, atol=1e-5)
+    conv.padding, conv.dilation = (30,), (2,)  # as code may change them
+    torch.testing.assert_close(conv(sequences), F.conv1d(sequences, conv.weight, padding=30, dilation=2))
     assert repr(converted[0]) == repr(nn.Conv2d(4, 4, 7, padding=3, groups=4)).replace('Conv2d', 'LargeConv2d')
 
 
@@ -547,7 +599,9 @@ def test_large_convolutions_keep_what_is_attached_to_them():
     torch.testing.assert_close(like(x), net(x))
 
 
-@pytest.mark.parametrize('make', [lambda: LargeConv2d(4, 4, 5), lambda: CausalConv1d(4, 4, 5)])
+@pytest.mark.parametrize(
+    'make', [lambda: LargeConv2d(4, 4, 5), lambda: LargeConv1d(4, 4, 5), lambda: CausalConv1d(4, 4, 5)]
+)
 def test_weights_that_are_computed_are_computed_once(make):
     """In each call: some draw, or iterate."""
     layer, calls = make(), []

@@ -609,12 +609,18 @@ RULE = [
     (30, 30, (161,), (161,), 'fft', 'fft', 'direct', 'direct'),
     (30, 30, (182,), (182,), 'fft', 'fft', 'direct', 'direct'),
     (30, 30, (784,), (5,), 'direct', 'direct', 'direct', 'direct'),
+    (256, 0, (1000,), (31,), 'direct', 'direct', 'direct', 'direct'),
+    (256, 0, (1000,), (501,), 'fft', 'fft', 'fft', 'fft'),
+    (64, 0, (16000,), (101,), 'direct', 'direct', 'direct', 'direct'),
+    (64, 0, (16000,), (16000,), 'fft', 'fft', 'fft', 'fft'),
 ]
 
 
 @pytest.mark.parametrize('in_chs, out_chs, size, taps, infer, train, infer_one, train_one', RULE)
 def test_documented_rule(in_chs, out_chs, size, taps, infer, train, infer_one, train_one):
     left = tuple(k // 2 for k in taps) if len(taps) == 2 else (taps[0] - 1,)
+    if not out_chs and len(taps) == 1:  # a map of one row
+        size, taps, left = (1, *size), (1, *taps), (0, *left)
     weight = torch.empty(out_chs or in_chs, in_chs if out_chs else 1, *taps, device='meta')
     for batch, expected in ((8, (infer, train)), (64, (infer, train)), (1, (infer_one, train_one))):
         for grad, name in zip((False, True), expected):
@@ -680,7 +686,15 @@ def test_documented_rule_on_a_gpu(in_chs, out_chs, size, taps, batch, dtype, inf
         assert ops.choose_backend(x, weight, left, False, device='cuda') == name
 
 
-@pytest.mark.parametrize('machine, cases, good', [('h100', 330, 313), ('epyc', 374, 359)])
+@pytest.mark.parametrize('taps, name', [(31, 'direct'), (4001, 'fft')])
+def test_rule_for_depthwise_sequences_on_a_gpu(taps, name):
+    """No kernel that is compiled for the length of a sequence."""
+    weight = torch.empty(64, 1, 1, taps, device='meta', dtype=torch.bfloat16)
+    x = torch.empty(64, 64, 1, 4001, device='meta', dtype=torch.bfloat16)
+    assert ops.choose_backend(x, weight, (0, taps - 1), True, device='cuda') == name
+
+
+@pytest.mark.parametrize('machine, cases, good', [('h100', 330, 313), ('epyc', 562, 539)])
 def test_rule_by_times(machine, cases, good):
     """The choices against what was measured: docs/backends.md says how many are near the fastest."""
     folder = Path(__file__).resolve().parents[1] / 'benchmarks'

@@ -1,6 +1,7 @@
 from .cache import KernelCache as KernelCache
 from .conv import (
     CausalConv1d as CausalConv1d,
+    LargeConv1d as LargeConv1d,
     LargeConv2d as LargeConv2d,
     PeripheralConv2d as PeripheralConv2d,
     PointwiseConv2d as PointwiseConv2d,

@@ -19,6 +19,7 @@ from .peripheral import PeripheralKernel
 
 __all__ = [
     'CausalConv1d',
+    'LargeConv1d',
     'LargeConv2d',
     'PeripheralConv2d',
     'PointwiseConv2d',
@@ -30,8 +31,38 @@ __all__ = [
 _LONG = 64  # taps from which it pays to look for zeros
 
 
+class _LargeConv(DropsCaches):
+    """A convolution of torch.nn, dense or depthwise, with outputs as large as its inputs, that goes through `ops`."""
+
+    def __init__(self, in_chs: int, out_chs: int, kernel_size: Tuple[int, ...], **settings: Any):
+        super().__init__(in_chs, out_chs, kernel_size, **settings)
+        self._kept = KernelCache()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chs, *spatial) -> (B, out_chs, *spatial), as torch's without B too; so do all layers here."""
+        if torch.jit.is_scripting():
+            return self._conv_forward(x, self.weight, self.bias)
+        return self._convolve(x)
+
+    @torch.jit.unused
+    def is_same(self) -> bool:
+        """Whether it still pads with zeros to the same size, without strides: code can change attributes."""
+        return _is_same(self)
+
+    @torch.jit.unused
+    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight  # once: a parametrization computes it anew each time
+        if not self.is_same():
+            return self._conv_forward(x, weight, self.bias)
+        return self._same(x, weight, self._kept.keep(weight))
+
+    @torch.jit.unused
+    def _same(self, x: torch.Tensor, weight: torch.Tensor, keep: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+
 @register_notrace_module
-class LargeConv2d(DropsCaches, nn.Conv2d):
+class LargeConv2d(_LargeConv, nn.Conv2d):
     """An nn.Conv2d, dense or depthwise, with outputs as large as its inputs, that convolves through `ops`."""
 
     def __init__(
@@ -62,38 +93,68 @@ class LargeConv2d(DropsCaches, nn.Conv2d):
             ValueError: An even kernel size, channels that do not fit, a dilation below 1, or another stride or padding.
         """
         size = to_2tuple(kernel_size)
-        _check_conv2d(in_chs, out_chs, size, groups)
+        _check_same(in_chs, out_chs, size, groups, 2)
         geometry = _same_geometry(self, size, stride, padding, dilation)
         super().__init__(in_chs, out_chs, size, **geometry, groups=groups, bias=bias, device=device, dtype=dtype)
-        self._kept = KernelCache()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_chs, H, W) -> (B, out_chs, H, W), as torch's without B too; so do all layers here."""
-        if torch.jit.is_scripting():
-            return self._conv_forward(x, self.weight, self.bias)
-        return self._convolve(x)
 
     @torch.jit.unused
-    def is_same(self) -> bool:
-        """Whether it still pads with zeros to the same size, without strides: code can change attributes."""
-        return _is_same(self)
-
-    @torch.jit.unused
-    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight  # once: a parametrization computes it anew each time
-        if not self.is_same():
-            return self._conv_forward(x, weight, self.bias)
+    def _same(self, x: torch.Tensor, weight: torch.Tensor, keep: Any) -> torch.Tensor:
         convolve = ops.conv2d if self.groups == 1 else ops.depthwise_conv2d
-        return convolve(x, weight, self.bias, self.dilation, self._kept.keep(weight))
+        return convolve(x, weight, self.bias, self.dilation, keep)
+
+
+@register_notrace_module
+class LargeConv1d(_LargeConv, nn.Conv1d):
+    """An nn.Conv1d, dense or depthwise, with outputs as long as its inputs, that convolves through `ops`."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: Union[int, Tuple[int]],
+        stride: Union[int, Tuple[int]] = 1,
+        padding: Union[int, str, Tuple[int], None] = None,
+        dilation: Union[int, Tuple[int]] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        """
+        Args:
+            in_chs: Input channels.
+            out_chs: Output channels.
+            kernel_size: Taps, odd.
+            stride, padding, dilation: As for nn.Conv1d, for code that makes another convolution like this one
+                (adapters): 1, k // 2 (None and 'same' too) and 1.
+            groups: 1 for a dense convolution, in_chs = out_chs for a depthwise one.
+            bias: Add a bias.
+
+        Raises:
+            ValueError: An even kernel size, channels that do not fit, or another stride, padding or dilation.
+        """
+        size = to_ntuple(1)(kernel_size)
+        _check_same(in_chs, out_chs, size, groups, 1)
+        _check_geometry(self, dilation=(dilation, (1,)))
+        geometry = _same_geometry(self, size, stride, padding, 1)
+        super().__init__(in_chs, out_chs, size, **geometry, groups=groups, bias=bias, device=device, dtype=dtype)
+
+    @torch.jit.unused
+    def _same(self, x: torch.Tensor, weight: torch.Tensor, keep: Any) -> torch.Tensor:
+        convolve = ops.conv1d if self.groups == 1 else ops.depthwise_conv1d
+        return convolve(x, weight, self.bias, keep)
+
+
+_LARGE = {nn.Conv1d: LargeConv1d, nn.Conv2d: LargeConv2d}
 
 
 def convert_large_convs(module: nn.Module, min_size: int = 7) -> nn.Module:
-    """Makes the large convolutions of any network convolve through `ops`, as `LargeConv2d`, in place.
+    """Makes the large convolutions of any network convolve through `ops`, as `LargeConv1d` and `LargeConv2d`, in place.
 
     They stay the objects that they are, with their parameters, hooks and names in the state dict: it can be called
     before or after weights are loaded and an optimizer is made; before torch.compile. Converted are modules of the
-    class nn.Conv2d itself, dense or depthwise, with odd kernels, strides of 1, and zeros for padding that make outputs
-    as large as the inputs. All others stay as they are.
+    classes nn.Conv1d and nn.Conv2d themselves, dense or depthwise, with odd kernels, strides of 1, zeros for padding
+    that make outputs as large as the inputs, and in 1D no dilation. All others stay as they are.
 
     Args:
         module: A network, or a convolution.
@@ -104,11 +165,11 @@ def convert_large_convs(module: nn.Module, min_size: int = 7) -> nn.Module:
     """
     for conv in module.modules():
         # a forward of its own may have wrapped that of the class
-        if type(conv) is not nn.Conv2d or 'forward' in vars(conv):
+        if type(conv) not in _LARGE or 'forward' in vars(conv):
             continue
         fits = all(k % 2 for k in conv.kernel_size) and _fits_groups(conv.in_channels, conv.out_channels, conv.groups)
         if fits and max(conv.kernel_size) >= min_size and _is_same(conv):
-            conv.__class__, conv._kept = LargeConv2d, KernelCache()
+            conv.__class__, conv._kept = _LARGE[type(conv)], KernelCache()
     return module
 
 
@@ -167,7 +228,7 @@ class PointwiseConv2d(nn.Conv2d):
 
 @register_notrace_module
 class CausalConv1d(DropsCaches, nn.Conv1d):
-    """An nn.Conv1d with stride 1 whose output t sees inputs <= t; it convolves through `ops`."""
+    """An nn.Conv1d, dense or depthwise, whose output t sees inputs <= t; it convolves through `ops`."""
 
     def __init__(
         self,
@@ -187,28 +248,33 @@ class CausalConv1d(DropsCaches, nn.Conv1d):
             in_chs: Input channels.
             out_chs: Output channels.
             kernel_size: Taps; the last one multiplies the present sample.
-            stride, padding, dilation, groups: As for nn.Conv1d, for code that makes another convolution like this one
-                (adapters): 1, 0, 1 and 1. Zeros before the sequence are always there.
+            stride, padding, dilation: As for nn.Conv1d, for code that makes another convolution like this one
+                (adapters): 1, 0 and 1. Zeros before the sequence are always there.
+            groups: 1 for a dense convolution, in_chs = out_chs for a depthwise one.
             bias: Add a bias.
 
         Raises:
-            ValueError: Another stride, padding, dilation or number of groups.
+            ValueError: Channels that do not fit, or another stride, padding or dilation.
         """
-        _check_causal(self, stride, padding, dilation, groups)
-        super().__init__(in_chs, out_chs, kernel_size, bias=bias, device=device, dtype=dtype)
+        _check_geometry(self, stride=(stride, (1,)), padding=(padding, (0,)), dilation=(dilation, (1,)))
+        _check_groups(in_chs, out_chs, groups)
+        super().__init__(in_chs, out_chs, kernel_size, groups=groups, bias=bias, device=device, dtype=dtype)
         self._kept = KernelCache()
         self._num_unreached: Optional[int] = None  # leading taps that were zero when last looked at
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, L) -> (B, out_chs, L)."""
         if torch.jit.is_scripting():
-            return ops.causal_conv1d(x, self.weight, self.bias)
+            if self.groups == 1:
+                return ops.causal_conv1d(x, self.weight, self.bias)
+            return ops.depthwise_causal_conv1d(x, self.weight, self.bias)
         return self._convolve(x)
 
     @torch.jit.unused
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
         weight = self._reached_taps()
-        return ops.causal_conv1d(x, weight, self.bias, self._kept.keep(weight))
+        convolve = ops.causal_conv1d if self.groups == 1 else ops.depthwise_causal_conv1d
+        return convolve(x, weight, self.bias, self._kept.keep(weight))
 
     @torch.jit.unused
     def _reached_taps(self) -> torch.Tensor:
@@ -228,7 +294,6 @@ class CausalConv1d(DropsCaches, nn.Conv1d):
 class _RenderedConv(DropsCaches):
     """A convolution through `ops` with the kernel that a module renders, and perhaps a bias."""
 
-    plain: Type[Union[CausalConv1d, LargeConv2d]]  # with a dense kernel
     depthwise = False
 
     def __init__(self, kernel: RenderedKernel, bias: bool, device=None, dtype=None):
@@ -255,6 +320,11 @@ class _RenderedConv(DropsCaches):
         return self.kernel.for_convolution() if isinstance(self.kernel, RenderedKernel) else self.kernel()
 
     @torch.jit.unused
+    def _plain(self) -> Type[Union[CausalConv1d, LargeConv1d, LargeConv2d]]:
+        """The class with a dense kernel."""
+        return LargeConv2d
+
+    @torch.jit.unused
     def to_conv(self, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> nn.Module:
         """The plain convolution of the same shape with a dense kernel, which it keeps, and a copy of a bias."""
         out_chs, in_chs, *taps = weight.shape
@@ -262,7 +332,7 @@ class _RenderedConv(DropsCaches):
         dd = dict(device=weight.device, dtype=weight.dtype)
         in_chs = out_chs if self.depthwise else in_chs
         args = dict(dilation=self.dilation, bias=bias is not None, **groups)
-        conv = skip_init(self.plain, in_chs, out_chs, tuple(taps), **args, **dd)
+        conv = skip_init(self._plain(), in_chs, out_chs, tuple(taps), **args, **dd)
         conv.weight.data = weight
         if bias is not None:
             conv.bias.data = bias.to(weight, copy=True)
@@ -287,7 +357,6 @@ class SMPConv2d(_RenderedConv):
     filter, normalised sums, 16 points of radius 0.12 (the CIFAR network).
     """
 
-    plain = LargeConv2d
     dilation = (1, 1)
 
     def __init__(
@@ -329,7 +398,7 @@ class SMPConv2d(_RenderedConv):
                 another stride or padding.
         """
         size = to_2tuple(kernel_size)
-        _check_conv2d(in_chs, out_chs, size, groups)
+        _check_same(in_chs, out_chs, size, groups, 2)
         geometry = _same_geometry(self, size, stride, padding, dilation)
         depthwise = _is_depthwise(in_chs, out_chs, groups)
         if depthwise:
@@ -367,13 +436,12 @@ class SMPConv2d(_RenderedConv):
 
 @register_notrace_module
 class SMPConv1d(_RenderedConv):
-    """Causal 1D convolution with a kernel of moving points: output t sees inputs <= t (the sequence networks).
+    """1D convolution with a kernel of moving points, causal (output t sees inputs <= t) or centred.
 
-    Dense, points per output filter, normalised sums. The kernel keeps its number of taps whatever the length of the
-    input.
+    Points per output filter, normalised sums. The kernel keeps its number of taps whatever the length of the input. The
+    paper's are dense and causal (the sequence networks).
     """
 
-    plain = CausalConv1d
     dilation = (1,)
 
     def __init__(
@@ -382,7 +450,7 @@ class SMPConv1d(_RenderedConv):
         out_chs: int,
         kernel_size: Union[int, Sequence[int]],
         stride: Union[int, Tuple[int]] = 1,
-        padding: Union[int, Tuple[int]] = 0,
+        padding: Union[int, str, Tuple[int], None] = None,
         dilation: Union[int, Tuple[int]] = 1,
         groups: int = 1,
         bias: bool = True,
@@ -391,6 +459,7 @@ class SMPConv1d(_RenderedConv):
         coord_std: float = 0.1,
         learn_coords: bool = True,
         learn_radius: bool = True,
+        causal: bool = True,
         device=None,
         dtype=None,
     ):
@@ -398,45 +467,66 @@ class SMPConv1d(_RenderedConv):
         Args:
             in_chs: Input channels.
             out_chs: Output channels.
-            kernel_size: Taps, of any parity: the longest memory of the layer.
-            stride, padding, dilation, groups: As for nn.Conv1d, for code that was written for it: 1, 0, 1 and 1. Zeros
-                before the sequence are always there.
+            kernel_size: Taps: of any parity if causal, the longest memory of the layer; else odd.
+            stride, padding, dilation: As for nn.Conv1d, for code that was written for it: 1, None (0 if causal, since
+                zeros before the sequence are always there, else k // 2, and 'same') and 1.
+            groups: 1 for a dense convolution, in_chs = out_chs for a depthwise one.
             bias: Add a bias.
             num_points: Points of a filter.
             radius: Initial radius; None: 2 / kernel_size, about the distance of two taps.
-            coord_std: Standard deviation of the initial coordinates, before they are stretched from the present (+1).
+            coord_std: Standard deviation of the initial coordinates; if causal before they are stretched from the
+                present (+1).
             learn_coords: Learn the coordinates.
             learn_radius: Learn the radii.
+            causal: Output t sees inputs <= t; else the kernel is centred on it.
 
         Raises:
-            ValueError: Another stride, padding, dilation or number of groups, or a value out of range.
+            ValueError: Channels that do not fit, another stride, padding or dilation, or a value out of range.
         """
-        _check_causal(self, stride, padding, dilation, groups)
         size = to_ntuple(1)(kernel_size)
         if len(size) != 1 or size[0] < 1:
             raise ValueError(f'kernel_size must be a positive number of taps, got {kernel_size}.')
         kernel_size = size[0]
+        if causal:
+            _check_groups(in_chs, out_chs, groups)
+            _check_geometry(self, stride=(stride, (1,)), padding=(0 if padding is None else padding, (0,)))
+        else:
+            _check_same(in_chs, out_chs, size, groups, 1)
+            _same_geometry(self, size, stride, padding, 1)
+        _check_geometry(self, dilation=(dilation, (1,)))
+        depthwise = _is_depthwise(in_chs, out_chs, groups)
         kernel = SMPKernel(
-            in_chs,
+            1 if depthwise else in_chs,
             out_chs,
             kernel_size,
             ndim=1,
             num_points=num_points,
             radius=min(max(2 / kernel_size, 1e-4), 1.0) if radius is None else radius,
             coord_std=coord_std,
-            causal=True,
+            causal=causal,
             learn_coords=learn_coords,
             learn_radius=learn_radius,
             device=device,
             dtype=dtype,
         )
         super().__init__(kernel, bias, device=device, dtype=dtype)
+        self.depthwise, self.causal = depthwise, causal
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, L) -> (B, out_chs, L)."""
         kernel = self.kernel.for_convolution() if torch.jit.is_scripting() else self._render()
         keep = None if torch.jit.is_scripting() else self._kept.keep(kernel)
-        return ops.causal_conv1d(x, kernel, self.bias, keep)
+        if self.causal and self.depthwise:
+            return ops.depthwise_causal_conv1d(x, kernel, self.bias, keep)
+        if self.causal:
+            return ops.causal_conv1d(x, kernel, self.bias, keep)
+        if self.depthwise:
+            return ops.depthwise_conv1d(x, kernel, self.bias, keep)
+        return ops.conv1d(x, kernel, self.bias, keep)
+
+    @torch.jit.unused
+    def _plain(self) -> Type[Union[CausalConv1d, LargeConv1d, LargeConv2d]]:
+        return CausalConv1d if self.causal else LargeConv1d
 
 
 @register_notrace_module
@@ -450,7 +540,6 @@ class PeripheralConv2d(_RenderedConv):
     As written, for zeros of the padding too, it adds sum_q w(q) h(q) to the bias of a filter, and deploys as that.
     """
 
-    plain = LargeConv2d
     dilation = (1, 1)
 
     def __init__(
@@ -487,7 +576,7 @@ class PeripheralConv2d(_RenderedConv):
                 or padding.
         """
         size = to_2tuple(kernel_size)
-        _check_conv2d(in_chs, out_chs, size, groups)
+        _check_same(in_chs, out_chs, size, groups, 2)
         geometry = _same_geometry(self, size, stride, padding, dilation)
         if size[0] != size[1]:
             raise ValueError(f'Kernels of PeripheralConv2d are square, got kernel_size={size}.')
@@ -547,29 +636,28 @@ def _same_padding(size: Sequence[int], dilation: Sequence[int]) -> Tuple[int, ..
     return tuple(k // 2 * d for k, d in zip(size, dilation))
 
 
-def _is_same(conv: nn.Conv2d) -> bool:
-    """Whether a convolution with an odd kernel pads with zeros to the same size, without strides."""
-    same = _same_padding(conv.kernel_size, to_2tuple(conv.dilation))
-    padding = same if conv.padding == 'same' else to_2tuple(conv.padding)
-    return (conv.padding_mode, padding, to_2tuple(conv.stride)) == ('zeros', same, (1, 1))
+def _is_same(conv: Union[nn.Conv1d, nn.Conv2d]) -> bool:
+    """Whether a convolution with an odd kernel pads with zeros to the same size, without strides, in 1D undilated."""
+    ones = (1,) * len(conv.kernel_size)
+    to_tuple = to_ntuple(len(ones))
+    dilation = to_tuple(conv.dilation)
+    same = _same_padding(conv.kernel_size, dilation)
+    padding = same if conv.padding == 'same' else to_tuple(conv.padding)
+    is_dilated_1d = len(ones) == 1 and dilation != ones
+    return (conv.padding_mode, padding, to_tuple(conv.stride)) == ('zeros', same, ones) and not is_dilated_1d
 
 
 def _same_geometry(
     conv: nn.Module, size: Tuple[int, ...], stride: Any, padding: Any, dilation: Any
 ) -> Dict[str, Tuple[int, ...]]:
     """Checks arguments; returns padding and dilation of a convolution with outputs as large as its inputs."""
-    dilation = to_2tuple(dilation)
-    if len(dilation) != 2 or not all(isinstance(d, numbers.Integral) and d >= 1 for d in dilation):
+    dilation = to_ntuple(len(size))(dilation)
+    if len(dilation) != len(size) or not all(isinstance(d, numbers.Integral) and d >= 1 for d in dilation):
         raise ValueError(f'dilation must be positive (one number, or rows and columns), got {dilation}.')
     same = _same_padding(size, dilation)
-    _check_geometry(conv, stride=(stride, (1, 1)), padding=(same if padding in (None, 'same') else padding, same))
+    padding = same if padding is None or padding == 'same' else padding
+    _check_geometry(conv, stride=(stride, (1,) * len(size)), padding=(padding, same))
     return dict(padding=same, dilation=dilation)
-
-
-def _check_causal(conv: nn.Module, stride: Any, padding: Any, dilation: Any, groups: int) -> None:
-    _check_geometry(conv, stride=(stride, (1,)), padding=(padding, (0,)), dilation=(dilation, (1,)))
-    if groups != 1:
-        raise ValueError(f'{type(conv).__name__} has one group, got {groups}: torch.nn has layers for others.')
 
 
 def _fits_groups(in_chs: int, out_chs: int, groups: int) -> bool:
@@ -580,9 +668,14 @@ def _is_depthwise(in_chs: int, out_chs: int, groups: int) -> bool:
     return groups > 1 or in_chs == out_chs == 1
 
 
-def _check_conv2d(in_chs: int, out_chs: int, kernel_size: Tuple[int, ...], groups: int) -> None:
-    if len(kernel_size) != 2 or any(k < 1 or k % 2 == 0 for k in kernel_size):
-        raise ValueError(f'kernel_size must be odd and positive (one number or height and width), got {kernel_size}.')
+def _check_same(in_chs: int, out_chs: int, kernel_size: Tuple[int, ...], groups: int, ndim: int) -> None:
+    if len(kernel_size) != ndim or any(k < 1 or k % 2 == 0 for k in kernel_size):
+        wanted = 'one number or height and width' if ndim == 2 else 'one number'
+        raise ValueError(f'kernel_size must be odd and positive ({wanted}), got {kernel_size}.')
+    _check_groups(in_chs, out_chs, groups)
+
+
+def _check_groups(in_chs: int, out_chs: int, groups: int) -> None:
     if not _fits_groups(in_chs, out_chs, groups):
         raise ValueError(
             f'groups must be 1 (dense) or equal to in_chs and out_chs (depthwise), '

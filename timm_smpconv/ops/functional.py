@@ -82,6 +82,7 @@ _VECTOR = 16
 _BFLOAT16 = 0.5  # direct of dense maps in bfloat16, relative to float32, on processors with instructions for it
 _TRANSFORM = 125.0  # one point of one real transform, in fft ...
 _TRANSFORM_2D = 180.0  # ... of dense maps, whose spectra are reordered
+_TRANSFORM_ROW = 80.0  # ... of depthwise sequences
 _REORDER = 160.0  # moving one entry between channels_last and the contiguous format of fft
 _ENTRY, _SPECTRUM = 50.0, 25.0  # moving one entry of a map or kernel, and one number of a spectrum, in dft
 _BACKWARD = {'direct': 2.5, 'fft': 1.4, 'dft': 0.9}  # relative to a forward pass
@@ -148,9 +149,13 @@ def _choose_on_cpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
     for chs in (out_chs, in_chs):
         multiply_adds *= -(-chs // _VECTOR) * _VECTOR if dense else chs
     products = 0 if depthwise else 2 * out_chs * in_chs
+    if depthwise:
+        transform = _TRANSFORM_ROW if shape[0] == taps[0] == 1 else _TRANSFORM
+    else:
+        transform = _TRANSFORM_2D if dense else _TRANSFORM
     costs = {
         'direct': multiply_adds * (_DENSE if dense else 1),
-        'fft': points * ((_TRANSFORM_2D if dense else _TRANSFORM) * (maps + kernels) + products),
+        'fft': points * (transform * (maps + kernels) + products),
     }
     if x.ndim == 3 and not depthwise and kernels > maps and costs['direct'] > shape[0] * maps * _TRANSFORM:
         # parts shorten the transforms of the kernels, and do not cost less than those of the sequences
@@ -187,7 +192,9 @@ def _choose_on_gpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
         if trained and few:
             backward['direct'] = _GPU_BACKWARD_FEW_TAPS
     able = x.device.type != 'cuda' or has_tensor_cores(x.device)  # a GPU that is only asked about has what it takes
-    if 'toeplitz' in _BACKENDS and size in _GPU_PRODUCT and able and not is_transformed():
+    # its kernels are compiled for each width: sequences, whose lengths vary, go to the others
+    is_map = not height == taps_h == 1
+    if 'toeplitz' in _BACKENDS and size in _GPU_PRODUCT and able and is_map and not is_transformed():
         # the tiles of ops.toeplitz, which cannot be asked without Triton
         block = min(max(16, 1 << (width - 1).bit_length()), 64)
         depth = block if width <= block else -(-(block - 1 + taps_w) // block) * block
