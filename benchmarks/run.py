@@ -225,6 +225,24 @@ def op_case(channels: int, size: int, kernel: int, train: bool, goal: str = '', 
     return Case(f'dilated-{kind}-{shape}-d{dilation}-b8', paths, goal)
 
 
+def sequence_case(channels: int, steps: int, kernel: int, train: bool) -> Case:
+    """Depthwise convolution of sequences, centred."""
+
+    def make(convolve: Callable[..., torch.Tensor], backend: Optional[str] = None) -> Run:
+        return convolution(convolve, torch.randn(8, channels, steps), torch.randn(channels, 1, kernel), train, backend)
+
+    def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.conv1d(x, weight, padding=kernel // 2, groups=channels)
+
+    paths = {
+        'plain': lambda: make(plain),
+        'chosen': lambda: make(ops.depthwise_conv1d),
+        'direct': lambda: make(ops.depthwise_conv1d, 'direct'),
+        'fft': lambda: make(ops.depthwise_conv1d, 'fft'),
+    }
+    return Case(f'sequence-{"train" if train else "infer"}-{channels}x{steps}-k{kernel}-b8', paths)
+
+
 def model_case(kind: str, name: str, batch: int, goal: str = '', peer: Optional[str] = None, **kwargs) -> Case:
     torch.manual_seed(0)
 
@@ -391,6 +409,7 @@ def gpu_cases() -> List[Case]:
 
 
 def cpu_cases() -> List[Case]:
+    sequences = ((256, 1000, 31), (256, 1000, 501), (64, 16000, 1001))
     return [
         op_case(96, 56, 31, False),
         op_case(192, 28, 29, False),
@@ -405,6 +424,7 @@ def cpu_cases() -> List[Case]:
         op_case(384, 28, 27, False, dilation=2),
         op_case(768, 14, 13, True, dilation=2),
         op_case(384, 28, 27, True, dilation=2),
+        *(sequence_case(*shape, train) for train in (False, True) for shape in sequences),
         deformable_case(),
         model_case('deployed', 'smpconv_tiny', 8, '5 x, bfloat16 9 x, convnext_tiny 1 x', 'convnext_tiny'),
         model_case('deployed', 'smpconv_tiny', 1, '4 x', 'convnext_tiny'),
