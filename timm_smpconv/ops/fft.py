@@ -11,9 +11,11 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 
-from .context import Keep, is_channels_last, is_trained, to_channels_last
+from .context import Keep, is_channels_last, is_trained, is_transformed, to_channels_last
 
 __all__ = ['correlate', 'count_bins', 'cyclic_len', 'fast_len', 'plan_parts']
+
+_AT_HAND = 2**20  # numbers of the spectra of depthwise maps that are convolved at a time
 
 
 def correlate(
@@ -140,31 +142,49 @@ def _apply(
     keep: Optional[Keep],
 ) -> torch.Tensor:
     """The first outputs, as many as given for each spatial dimension, of a correlation with `left` zeros before x."""
+    # lengths for which no wrapped entry meets an output that is kept
+    size = [fast_len(max(n + p, m + k - 1 - p)) for n, m, k, p in zip(x.shape[2:], outputs, weight.shape[2:], left)]
+    group = _group_channels(x, size) if depthwise else None
     if is_trained(x, weight):
-        return _Correlate.apply(x, weight, left, outputs, depthwise)
-    return _correlate(x, weight, left, outputs, depthwise, keep)[0]
+        maps = [(x, weight)] if group is None else zip(x.split(group, 1), weight.split(group))
+        return _cat([_Correlate.apply(*pair, size, left, outputs, depthwise) for pair in maps])
+
+    def of_kernel() -> torch.Tensor:
+        return _transform(weight, size, depthwise, conj=True)
+
+    numbers, key = 2 * count_bins(size) * weight.shape[:2].numel(), ('fft', weight.shape, weight.dtype, *size)
+    w_c = of_kernel() if keep is None else keep(key, numbers, of_kernel)
+    maps = [(x, w_c)] if group is None else zip(x.split(group, 1), w_c.split(group))
+    return _cat([_multiply(_transform(part, size, depthwise), w, size, left, outputs, depthwise) for part, w in maps])
 
 
-def _correlate(
-    x: torch.Tensor,
-    weight: torch.Tensor,
+def _group_channels(x: torch.Tensor, size: Sequence[int]) -> Optional[int]:
+    """How many channels of depthwise maps are best convolved at a time, None for all of them.
+
+    As many whose spectra stay in memory that is at hand: on a CPU, a large allocation is of new pages, whose first
+    touch may take several times as long as the transforms.
+    """
+    if x.device.type != 'cpu' or torch.compiler.is_compiling() or is_transformed():
+        return None
+    group = max(_AT_HAND // (2 * count_bins(size) * x.shape[0]), 1)
+    return group if group < x.shape[1] else None
+
+
+def _cat(maps: List[torch.Tensor]) -> torch.Tensor:
+    return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
+
+
+def _multiply(
+    x_f: torch.Tensor,
+    w_c: torch.Tensor,
+    size: List[int],
     left: Tuple[int, ...],
     outputs: Sequence[int],
     depthwise: bool,
-    keep: Optional[Keep] = None,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, List[int]]:
-    """Output, spectrum of the input, conjugate spectrum of the kernel, and the cyclic lengths."""
-    # lengths for which no wrapped entry meets an output that is kept
-    size = [fast_len(max(n + p, m + k - 1 - p)) for n, m, k, p in zip(x.shape[2:], outputs, weight.shape[2:], left)]
-    x_f = _transform(x, size, depthwise)
-    if keep is None:
-        w_c = _transform(weight, size, depthwise, conj=True)
-    else:
-        numbers = 2 * count_bins(size) * weight.shape[:2].numel()
-        key = ('fft', weight.shape, weight.dtype, *size)
-        w_c = keep(key, numbers, lambda: _transform(weight, size, depthwise, conj=True))
+) -> torch.Tensor:
+    """Outputs, from the spectrum of the input and the conjugate one of the kernel."""
     y_f = x_f * w_c[:, 0] if depthwise else torch.bmm(x_f, w_c.mT)
-    return _window(_inverse(y_f, size, depthwise), [-p for p in left], outputs), x_f, w_c, size
+    return _window(_inverse(y_f, size, depthwise), [-p for p in left], outputs)
 
 
 class _Correlate(torch.autograd.Function):
@@ -172,9 +192,16 @@ class _Correlate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], outputs: Sequence[int], depthwise: bool
+        ctx,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        size: List[int],
+        left: Tuple[int, ...],
+        outputs: Sequence[int],
+        depthwise: bool,
     ):
-        y, x_f, w_c, size = _correlate(x, weight, left, outputs, depthwise)
+        x_f, w_c = _transform(x, size, depthwise), _transform(weight, size, depthwise, conj=True)
+        y = _multiply(x_f, w_c, size, left, outputs, depthwise)
         kept = [(x, x_f) if ctx.needs_input_grad[1] else (None, None)]
         kept += [(weight, w_c) if ctx.needs_input_grad[0] else (None, None)]
         ctx.save_for_backward(*kept[0], *kept[1])
@@ -196,7 +223,7 @@ class _Correlate(torch.autograd.Function):
         if x_f is not None:  # dw[k] = sum_t dy[t] x[t + k - left]
             spectrum = (grad_f.conj() * x_f).sum(0).unsqueeze(1) if depthwise else torch.bmm(grad_f.mT, x_f)
             grad_w = _window(_inverse(spectrum, size, depthwise), [-p for p in left], taps)
-        return grad_x, grad_w, None, None, None
+        return grad_x, grad_w, None, None, None, None
 
 
 def _transform(x: torch.Tensor, size: List[int], depthwise: bool, conj: bool = False) -> torch.Tensor:

@@ -80,10 +80,10 @@ def use_backend(name: Optional[str]) -> Iterator[None]:
 _DENSE = 0.5  # a multiply-add of a direct dense convolution of maps, whose channels are filled up to whole vectors of
 _VECTOR = 16
 _BFLOAT16 = 0.5  # direct of dense maps in bfloat16, relative to float32, on processors with instructions for it
-_TRANSFORM = 125.0  # one point of one real transform, in fft ...
+_TRANSFORM = 125.0  # one point of one real transform, in fft, of dense sequences ...
 _TRANSFORM_2D = 180.0  # ... of dense maps, whose spectra are reordered
-_TRANSFORM_ROW = 80.0  # ... of depthwise sequences
-_REORDER = 160.0  # moving one entry between channels_last and the contiguous format of fft
+_TRANSFORM_DEPTHWISE, _TRANSFORM_ROW = 102.0, 45.0  # ... of depthwise maps and sequences
+_REORDER = 110.0  # moving one entry between channels_last and the contiguous format of fft
 _ENTRY, _SPECTRUM = 50.0, 25.0  # moving one entry of a map or kernel, and one number of a spectrum, in dft
 _BACKWARD = {'direct': 2.5, 'fft': 1.4, 'dft': 0.9}  # relative to a forward pass
 # Depthwise 2D on a GPU, in the same unit, fitted on an H100 (benchmarks/README.md). torch's kernels for channels_last
@@ -150,7 +150,7 @@ def _choose_on_cpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
         multiply_adds *= -(-chs // _VECTOR) * _VECTOR if dense else chs
     products = 0 if depthwise else 2 * out_chs * in_chs
     if depthwise:
-        transform = _TRANSFORM_ROW if shape[0] == taps[0] == 1 else _TRANSFORM
+        transform = _TRANSFORM_ROW if shape[0] == taps[0] == 1 else _TRANSFORM_DEPTHWISE
     else:
         transform = _TRANSFORM_2D if dense else _TRANSFORM
     costs = {
@@ -214,7 +214,7 @@ def _choose_dense_on_gpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int,
     multiply_add = _GPU_DENSE[number] * (1.0 if x.ndim == 4 else _GPU_DENSE_SEQUENCE)
     steps = math.prod(taps) * -(-in_chs // _GPU_BLOCK_IN)
     out_blocks = -(-out_chs // _GPU_BLOCK_OUT)
-    points = math.prod(fft.fast_len(n) for n in size)
+    points = _count_points(shape, size)
     transform = _GPU_DENSE_TRANSFORM_2D if x.ndim == 4 else _GPU_DENSE_TRANSFORM
     costs = {
         'direct': steps * batch * math.prod(shape) * out_blocks * _GPU_BLOCK_IN * _GPU_BLOCK_OUT * multiply_add,
@@ -245,7 +245,10 @@ def _cheapest(costs: Dict[str, float], backward: Dict[str, float]) -> str:
 
 def _count_points(shape: Sequence[int], size: Sequence[int]) -> int:
     """Points of a transform to the given cyclic lengths in `fft`, which takes a map of one row as a sequence."""
-    return math.prod(fft.fast_len(n) for n in (size[1:] if shape[0] == size[0] == 1 else size))
+    points = 1
+    for n in size[1:] if shape[0] == size[0] == 1 else size:
+        points *= fft.fast_len(n)
+    return points
 
 
 def _taps_on_map(n: int, k: int, left: int) -> int:
