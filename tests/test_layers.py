@@ -560,6 +560,7 @@ def test_large_convolutions_are_found():
             nn.Conv2d(4, 4, 7, padding=3),
             nn.Conv1d(4, 4, 7),
             nn.Conv1d(4, 4, 7, padding='same', dilation=2),
+            nn.Conv2d(4, 4, 7, padding=3, dtype=torch.complex64),
             nn.ConvTranspose2d(4, 4, 7, padding=3),
         ]
     )
@@ -575,6 +576,36 @@ def test_large_convolutions_are_found():
     conv.padding, conv.dilation = (30,), (2,)  # as code may change them
     torch.testing.assert_close(conv(sequences), F.conv1d(sequences, conv.weight, padding=30, dilation=2))
     assert repr(converted[0]) == repr(nn.Conv2d(4, 4, 7, padding=3, groups=4)).replace('Conv2d', 'LargeConv2d')
+
+
+def test_small_convolutions_of_our_networks():
+    """Converted too if asked for, which deployment takes."""
+    model = timm.create_model('smpconv_tiny', depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = model(x)
+        convert_large_convs(model, min_size=1)
+        torch.testing.assert_close(reparameterize_model(model)(x), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_branches_that_do_not_fit_are_not_folded():
+    """A depthwise small branch beside a dense large one, or one that is not causal: called one by one, not deployed."""
+    sequences, maps = torch.randn(2, 4, 20), torch.randn(2, 4, 9, 9)
+    for block, small, large, x in (
+        (RepSMPConv1d(4, 4, 9), CausalConv1d(4, 4, 5, groups=4, bias=False), None, sequences),
+        (RepSMPConv1d(4, 4, 9), None, SMPConv1d(4, 4, 9, causal=False), sequences),
+        (RepSMPConv2d(4, 4, 9), LargeConv2d(4, 4, 5, groups=4), None, maps),
+    ):
+        block.small, block.large = small or block.small, large or block.large
+        block.eval().requires_grad_(False)
+        wanted = block.large_norm(block.large(x)) + block.small_norm(block.small(x))
+        torch.testing.assert_close(block(x), wanted)
+        with pytest.raises(RuntimeError, match='its small convolution must pad'):
+            block.fuse()
+    for other in (dict(causal=False), dict(groups=4)):
+        with pytest.raises(TypeError, match=f'multiple values .*{next(iter(other))}'):
+            RepSMPConv1d(4, 4, 9, **other)
+    assert 'causal=False' in repr(SMPConv1d(4, 4, 9, causal=False)) and 'causal' not in repr(SMPConv1d(4, 4, 9))
 
 
 def test_large_convolutions_keep_what_is_attached_to_them():

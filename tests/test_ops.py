@@ -619,8 +619,6 @@ RULE = [
 @pytest.mark.parametrize('in_chs, out_chs, size, taps, infer, train, infer_one, train_one', RULE)
 def test_documented_rule(in_chs, out_chs, size, taps, infer, train, infer_one, train_one):
     left = tuple(k // 2 for k in taps) if len(taps) == 2 else (taps[0] - 1,)
-    if not out_chs and len(taps) == 1:  # a map of one row
-        size, taps, left = (1, *size), (1, *taps), (0, *left)
     weight = torch.empty(out_chs or in_chs, in_chs if out_chs else 1, *taps, device='meta')
     for batch, expected in ((8, (infer, train)), (64, (infer, train)), (1, (infer_one, train_one))):
         for grad, name in zip((False, True), expected):
@@ -689,9 +687,9 @@ def test_documented_rule_on_a_gpu(in_chs, out_chs, size, taps, batch, dtype, inf
 @pytest.mark.parametrize('taps, name', [(31, 'direct'), (4001, 'fft')])
 def test_rule_for_depthwise_sequences_on_a_gpu(taps, name):
     """No kernel that is compiled for the length of a sequence."""
-    weight = torch.empty(64, 1, 1, taps, device='meta', dtype=torch.bfloat16)
-    x = torch.empty(64, 64, 1, 4001, device='meta', dtype=torch.bfloat16)
-    assert ops.choose_backend(x, weight, (0, taps - 1), True, device='cuda') == name
+    weight = torch.empty(64, 1, taps, device='meta', dtype=torch.bfloat16)
+    x = torch.empty(64, 64, 4001, device='meta', dtype=torch.bfloat16)
+    assert ops.choose_backend(x, weight, (taps - 1,), True, device='cuda') == name
 
 
 @pytest.mark.parametrize('machine, cases, good', [('h100', 330, 313), ('epyc', 562, 520)])
@@ -853,6 +851,13 @@ def test_script():
     module = _CallsOps()
     x = torch.randn(2, 3, 6, 9)
     assert relative_error(torch.jit.script(module)(x), module(x)) < 1e-5
+
+
+def test_trace():
+    x, weight = torch.randn(2, 4, 50), torch.randn(4, 1, 31)
+    for op, kernel in ((ops.conv1d, weight.expand(-1, 4, -1)), (ops.depthwise_conv1d, weight)):
+        traced = torch.jit.trace(lambda x, op=op, kernel=kernel: op(x, kernel), x, check_trace=False)
+        torch.testing.assert_close(traced(x), op(x, kernel), rtol=1e-4, atol=1e-4)
 
 
 def test_compile_for_any_size():

@@ -152,9 +152,10 @@ def convert_large_convs(module: nn.Module, min_size: int = 7) -> nn.Module:
     """Makes the large convolutions of any network convolve through `ops`, as `LargeConv1d` and `LargeConv2d`, in place.
 
     They stay the objects that they are, with their parameters, hooks and names in the state dict: it can be called
-    before or after weights are loaded and an optimizer is made; before torch.compile. Converted are modules of the
-    classes nn.Conv1d and nn.Conv2d themselves, dense or depthwise, with odd kernels, strides of 1, zeros for padding
-    that make outputs as large as the inputs, and in 1D no dilation. All others stay as they are.
+    before or after weights are loaded and an optimizer is made; before torch.compile, and behind torch.fx, which cannot
+    trace them. Converted are modules of the classes nn.Conv1d and nn.Conv2d themselves, dense or depthwise, with odd
+    kernels, strides of 1, zeros for padding that make outputs as large as the inputs, and in 1D no dilation. All others
+    stay as they are.
 
     Args:
         module: A network, or a convolution.
@@ -165,7 +166,7 @@ def convert_large_convs(module: nn.Module, min_size: int = 7) -> nn.Module:
     """
     for conv in module.modules():
         # a forward of its own may have wrapped that of the class
-        if type(conv) not in _LARGE or 'forward' in vars(conv):
+        if type(conv) not in _LARGE or 'forward' in vars(conv) or not conv.weight.is_floating_point():
             continue
         fits = all(k % 2 for k in conv.kernel_size) and _fits_groups(conv.in_channels, conv.out_channels, conv.groups)
         if fits and max(conv.kernel_size) >= min_size and _is_same(conv):
@@ -443,6 +444,7 @@ class SMPConv1d(_RenderedConv):
     """
 
     dilation = (1,)
+    causal = True
 
     def __init__(
         self,
@@ -523,6 +525,9 @@ class SMPConv1d(_RenderedConv):
         if self.depthwise:
             return ops.depthwise_conv1d(x, kernel, self.bias, keep)
         return ops.conv1d(x, kernel, self.bias, keep)
+
+    def extra_repr(self) -> str:
+        return '' if self.causal else 'causal=False'
 
     @torch.jit.unused
     def _plain(self) -> Type[Union[CausalConv1d, LargeConv1d, LargeConv2d]]:

@@ -32,7 +32,8 @@ class ConvNorm(ConvNormAct):
         if not isinstance(self.bn, NORMS_WITH_ACT):
             return
         check_part(self, self.conv, nn.Conv2d)
-        if type(self.conv).forward not in (nn.Conv2d.forward, PointwiseConv2d.forward):  # it pads or quantises too
+        known = (nn.Conv2d.forward, PointwiseConv2d.forward, LargeConv2d.forward)
+        if type(self.conv).forward not in known:  # it pads or quantises too
             raise RuntimeError(
                 f'ConvNorm cannot be reparameterized: its convolution is a {type(self.conv).__name__}, which does more '
                 f'than convolve. Put a Conv2d in its place.'
@@ -132,8 +133,11 @@ class _RepSMPConv(DropsCaches):
 
     @torch.jit.unused
     def _is_small_same(self) -> bool:
-        if isinstance(self.small, CausalConv1d):  # of which nothing else can be changed
-            return self.small.padding_mode == 'zeros'
+        kernel = self.large.kernel
+        if self.small.weight.shape[:2] != (kernel.out_chs, kernel.in_chs):  # one is depthwise and one is not
+            return False
+        if isinstance(self.small, CausalConv1d):
+            return self.large.causal and self.small.padding_mode == 'zeros'
         return self.small.is_same() and to_2tuple(self.small.dilation) == to_2tuple(self.large.dilation)
 
     @torch.jit.unused
@@ -170,7 +174,7 @@ class _RepSMPConv(DropsCaches):
         if not self._is_small_same():
             raise RuntimeError(
                 f'{type(self).__name__} cannot be reparameterized: its small convolution must pad with zeros to the '
-                f'same size, with the dilation of the large one, {self.large.dilation}, got {self.small}.'
+                f'same size, with the channels, groups and dilation of the large one, {self.large}, got {self.small}.'
             )
         with torch.no_grad():
             return like_module(self._fold(self.large.kernel()), self)
@@ -277,7 +281,7 @@ class RepSMPConv1d(_RepSMPConv):
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(
-            SMPConv1d(in_chs, out_chs, kernel_size, bias=large_bias, **kernel_args, **dd),
+            SMPConv1d(in_chs, out_chs, kernel_size, groups=1, bias=large_bias, causal=True, **kernel_args, **dd),
             CausalConv1d(in_chs, out_chs, small_kernel_size, bias=False, **dd),
             norm_layer,
             **dd,

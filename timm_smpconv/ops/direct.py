@@ -26,7 +26,7 @@ def correlate(
     depthwise: bool,
     keep: Optional[Keep] = None,
 ) -> torch.Tensor:
-    """See `fft.correlate` for the arguments."""
+    """See `fft.correlate` for the arguments; depthwise sequences come as maps of one row."""
     if x.ndim == 3:
         if _AMX and x.device.type == 'cpu' and x.dtype == torch.bfloat16:
             with full_precision(x):

@@ -146,16 +146,17 @@ def _apply(
     size = [fast_len(max(n + p, m + k - 1 - p)) for n, m, k, p in zip(x.shape[2:], outputs, weight.shape[2:], left)]
     group = _group_channels(x, size) if depthwise else None
     if is_trained(x, weight):
-        maps = [(x, weight)] if group is None else zip(x.split(group, 1), weight.split(group))
-        return _cat([_Correlate.apply(*pair, size, left, outputs, depthwise) for pair in maps])
+        return _Correlate.apply(x, weight, size, left, outputs, depthwise, group)
 
     def of_kernel() -> torch.Tensor:
         return _transform(weight, size, depthwise, conj=True)
 
     numbers, key = 2 * count_bins(size) * weight.shape[:2].numel(), ('fft', weight.shape, weight.dtype, *size)
     w_c = of_kernel() if keep is None else keep(key, numbers, of_kernel)
-    maps = [(x, w_c)] if group is None else zip(x.split(group, 1), w_c.split(group))
-    return _cat([_multiply(_transform(part, size, depthwise), w, size, left, outputs, depthwise) for part, w in maps])
+    pairs = zip(_split(x, group, 1), _split(w_c, group, 0))
+    return _cat(
+        [_multiply(_transform(part, size, depthwise), w, size, left, outputs, depthwise) for part, w in pairs], 1
+    )
 
 
 def _group_channels(x: torch.Tensor, size: Sequence[int]) -> Optional[int]:
@@ -170,8 +171,13 @@ def _group_channels(x: torch.Tensor, size: Sequence[int]) -> Optional[int]:
     return group if group < x.shape[1] else None
 
 
-def _cat(maps: List[torch.Tensor]) -> torch.Tensor:
-    return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
+def _split(x: torch.Tensor, group: Optional[int], dim: int) -> Sequence[torch.Tensor]:
+    """Groups along the dimension of channels; of a copy if x is in channels_last format, where they lie in pieces."""
+    return [x] if group is None else x.contiguous().split(group, dim)
+
+
+def _cat(parts: List[torch.Tensor], dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _multiply(
@@ -199,31 +205,41 @@ class _Correlate(torch.autograd.Function):
         left: Tuple[int, ...],
         outputs: Sequence[int],
         depthwise: bool,
+        group: Optional[int],
     ):
-        x_f, w_c = _transform(x, size, depthwise), _transform(weight, size, depthwise, conj=True)
-        y = _multiply(x_f, w_c, size, left, outputs, depthwise)
-        kept = [(x, x_f) if ctx.needs_input_grad[1] else (None, None)]
-        kept += [(weight, w_c) if ctx.needs_input_grad[0] else (None, None)]
-        ctx.save_for_backward(*kept[0], *kept[1])
-        ctx.config = x.shape[2:], weight.shape[2:], size, left, depthwise
-        return y
+        w_c = _transform(weight, size, depthwise, conj=True)
+        maps, spectra = [], []
+        for part, w in zip(_split(x, group, 1), _split(w_c, group, 0)):
+            x_f = _transform(part, size, depthwise)
+            maps.append(_multiply(x_f, w, size, left, outputs, depthwise))
+            spectra += [x_f] if ctx.needs_input_grad[1] else []
+        kept = [x if ctx.needs_input_grad[1] else None]
+        kept += [weight, w_c] if ctx.needs_input_grad[0] else [None, None]
+        ctx.save_for_backward(*kept, *spectra)
+        ctx.config = x.shape[2:], weight.shape[2:], size, left, depthwise, group
+        return _cat(maps, 1)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        shape, taps, size, left, depthwise = ctx.config
-        x, x_f, weight, w_c = ctx.saved_tensors
+        shape, taps, size, left, depthwise, group = ctx.config
+        x, weight, w_c, *spectra = ctx.saved_tensors
         if torch.is_grad_enabled():  # second derivatives are wanted: spectra that lead back to their signals
-            x_f = None if x is None else _transform(x, size, depthwise)
+            spectra = [] if x is None else [_transform(part, size, depthwise) for part in _split(x, group, 1)]
             w_c = None if weight is None else _transform(weight, size, depthwise, conj=True)
-        grad_f = _transform(grad, size, depthwise, conj=not depthwise)  # conjugate for the matrix products
-        grad_x = grad_w = None
-        if w_c is not None:  # dx[s] = sum_k w[k] dy[s - k + left]
-            spectrum = grad_f * w_c[:, 0].conj() if depthwise else torch.bmm(grad_f, w_c).conj()
-            grad_x = _window(_inverse(spectrum, size, depthwise), left, shape)
-        if x_f is not None:  # dw[k] = sum_t dy[t] x[t + k - left]
-            spectrum = (grad_f.conj() * x_f).sum(0).unsqueeze(1) if depthwise else torch.bmm(grad_f.mT, x_f)
-            grad_w = _window(_inverse(spectrum, size, depthwise), [-p for p in left], taps)
-        return grad_x, grad_w, None, None, None, None
+        kernels = None if w_c is None else _split(w_c, group, 0)
+        grads_x, grads_w = [], []
+        for i, part in enumerate(_split(grad, group, 1)):
+            grad_f = _transform(part, size, depthwise, conj=not depthwise)  # conjugate for the matrix products
+            if kernels is not None:  # dx[s] = sum_k w[k] dy[s - k + left]
+                w = kernels[i]
+                spectrum = grad_f * w[:, 0].conj() if depthwise else torch.bmm(grad_f, w).conj()
+                grads_x.append(_window(_inverse(spectrum, size, depthwise), left, shape))
+            if spectra:  # dw[k] = sum_t dy[t] x[t + k - left]
+                x_f = spectra[i]
+                spectrum = (grad_f.conj() * x_f).sum(0).unsqueeze(1) if depthwise else torch.bmm(grad_f.mT, x_f)
+                grads_w.append(_window(_inverse(spectrum, size, depthwise), [-p for p in left], taps))
+        grad_x, grad_w = _cat(grads_x, 1) if grads_x else None, _cat(grads_w, 0) if grads_w else None
+        return grad_x, grad_w, None, None, None, None, None
 
 
 def _transform(x: torch.Tensor, size: List[int], depthwise: bool, conj: bool = False) -> torch.Tensor:

@@ -119,12 +119,14 @@ def choose_backend(
     depthwise ones on a GPU.
 
     Args:
-        x: Input, (B, I, *spatial); depthwise sequences as maps of one row.
+        x: Input, (B, I, *spatial).
         weight: Kernel, (O, I, *taps), or (I, 1, *taps) if depthwise.
         left: Zeros to the left of the input, one number per spatial dimension.
         depthwise: One filter per channel.
         device: Type of device to choose for; None for that of x.
     """
+    if depthwise and x.ndim == 3:  # a map of one row
+        x, weight, left = x.unsqueeze(2), weight.unsqueeze(2), (0, *left)
     device = x.device.type if device is None else device
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if device == 'cuda' and torch.version.hip is None:
@@ -142,7 +144,7 @@ def _choose_on_cpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
     kernels = out_chs * in_chs / batch
     dense = not depthwise and x.ndim == 4
     size = [fft.cyclic_len(n, k, p) for n, k, p in zip(shape, taps, left)]
-    points = _count_points(shape, size)
+    points = _count_points(shape, size, depthwise)
     multiply_adds = 1
     for n, k, p in zip(shape, taps, left):
         multiply_adds *= n * k if dense else _taps_on_map(n, k, p)
@@ -183,7 +185,8 @@ def _choose_on_gpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...],
         'direct': float(maps * taps_on_map * _taps_on_map(width, taps_w, left[1])),
         'fft': _GPU_LAUNCHES['fft'],
     }
-    points = _count_points(x.shape[2:], [fft.cyclic_len(*sizes) for sizes in zip(x.shape[2:], weight.shape[2:], left)])
+    cyclic = [fft.cyclic_len(n, k, p) for n, k, p in zip(x.shape[2:], weight.shape[2:], left)]
+    points = _count_points(x.shape[2:], cyclic, True)
     costs['fft'] += points * _GPU_TRANSFORM * (2 * maps + weight.shape[0])
     last = is_channels_last(x)
     if last:
@@ -214,7 +217,7 @@ def _choose_dense_on_gpu(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int,
     multiply_add = _GPU_DENSE[number] * (1.0 if x.ndim == 4 else _GPU_DENSE_SEQUENCE)
     steps = math.prod(taps) * -(-in_chs // _GPU_BLOCK_IN)
     out_blocks = -(-out_chs // _GPU_BLOCK_OUT)
-    points = _count_points(shape, size)
+    points = _count_points(shape, size, False)
     transform = _GPU_DENSE_TRANSFORM_2D if x.ndim == 4 else _GPU_DENSE_TRANSFORM
     costs = {
         'direct': steps * batch * math.prod(shape) * out_blocks * _GPU_BLOCK_IN * _GPU_BLOCK_OUT * multiply_add,
@@ -243,10 +246,10 @@ def _cheapest(costs: Dict[str, float], backward: Dict[str, float]) -> str:
     return best
 
 
-def _count_points(shape: Sequence[int], size: Sequence[int]) -> int:
-    """Points of a transform to the given cyclic lengths in `fft`, which takes a map of one row as a sequence."""
+def _count_points(shape: Sequence[int], size: Sequence[int], depthwise: bool) -> int:
+    """Points of a transform to cyclic lengths in `fft`, which takes a depthwise map of one row as a sequence."""
     points = 1
-    for n in size[1:] if shape[0] == size[0] == 1 else size:
+    for n in size[1:] if depthwise and shape[0] == size[0] == 1 else size:
         points *= fft.fast_len(n)
     return points
 
@@ -401,7 +404,7 @@ def conv1d(
         _check('conv1d', x, weight, bias, ndim=3, depthwise=False, causal=False)
         if not is_exporting():
             return _convolve(x, weight, bias, (1,), False, False, keep)
-    return F.conv1d(x, weight, bias, padding=weight.shape[2] // 2)
+    return F.conv1d(x, weight, bias, padding=[weight.shape[2] // 2])
 
 
 @register_notrace_function  # looks at shapes, which symbolic tracing cannot follow
@@ -427,7 +430,7 @@ def depthwise_conv1d(
         _check('depthwise_conv1d', x, weight, bias, ndim=3, depthwise=True, causal=False)
         if not is_exporting():
             return _convolve(x, weight, bias, (1,), True, False, keep)
-    return F.conv1d(x, weight, bias, padding=weight.shape[2] // 2, groups=weight.shape[0])
+    return F.conv1d(x, weight, bias, padding=[weight.shape[2] // 2], groups=weight.shape[0])
 
 
 @register_notrace_function  # looks at shapes, which symbolic tracing cannot follow
