@@ -133,8 +133,8 @@ class _RepSMPConv(DropsCaches):
 
     @torch.jit.unused
     def _is_small_same(self) -> bool:
-        kernel = self.large.kernel
-        if self.small.weight.shape[:2] != (kernel.out_chs, kernel.in_chs):  # one is depthwise and one is not
+        kernel, small = self.large.kernel, self.small
+        if (small.out_channels, small.in_channels // small.groups) != (kernel.out_chs, kernel.in_chs):
             return False
         if isinstance(self.small, CausalConv1d):
             return self.large.causal and self.small.padding_mode == 'zeros'
@@ -174,7 +174,8 @@ class _RepSMPConv(DropsCaches):
         if not self._is_small_same():
             raise RuntimeError(
                 f'{type(self).__name__} cannot be reparameterized: its small convolution must pad with zeros to the '
-                f'same size, with the channels, groups and dilation of the large one, {self.large}, got {self.small}.'
+                f'same size, with filters of {self.large.kernel.in_chs} channels, with the dilation of the large one, '
+                f'{self.large.dilation}, and be causal only if that is, got {self.small}.'
             )
         with torch.no_grad():
             return like_module(self._fold(self.large.kernel()), self)
