@@ -397,11 +397,11 @@ def conv1d(
         Output, (B, O, L) or (O, L).
 
     Raises:
-        ValueError: Shapes that do not fit, or an empty sequence, or an even kernel size.
+        ValueError: Shapes that do not fit, an empty sequence or an even kernel size.
         TypeError: Integers, or two dtypes outside autocast.
     """
     if not torch.jit.is_scripting():
-        _check('conv1d', x, weight, bias, ndim=3, depthwise=False, causal=False)
+        _check('conv1d', x, weight, bias, ndim=3, depthwise=False)
         if not is_exporting():
             return _convolve(x, weight, bias, (1,), False, False, keep)
     return F.conv1d(x, weight, bias, padding=[weight.shape[2] // 2])
@@ -423,11 +423,11 @@ def depthwise_conv1d(
         Output, (B, C, L) or (C, L).
 
     Raises:
-        ValueError: Shapes that do not fit, or an empty sequence, or an even kernel size.
+        ValueError: Shapes that do not fit, an empty sequence or an even kernel size.
         TypeError: Integers, or two dtypes outside autocast.
     """
     if not torch.jit.is_scripting():
-        _check('depthwise_conv1d', x, weight, bias, ndim=3, depthwise=True, causal=False)
+        _check('depthwise_conv1d', x, weight, bias, ndim=3, depthwise=True)
         if not is_exporting():
             return _convolve(x, weight, bias, (1,), True, False, keep)
     return F.conv1d(x, weight, bias, padding=[weight.shape[2] // 2], groups=weight.shape[0])
