@@ -14,7 +14,7 @@ from .. import ops
 from ..ops.context import is_channels_last, is_exporting, to_float64
 from .cache import DropsCaches, KernelCache, ValueCache, wants_gradients
 from .folding import like_module
-from .kernel import RenderedKernel, SMPKernel
+from .kernel import RenderedKernel, SMPKernel, with_all_taps
 from .peripheral import PeripheralKernel
 
 __all__ = [
@@ -316,7 +316,8 @@ class _RenderedConv(DropsCaches):
             nn.init.zeros_(self.bias)
 
     @torch.jit.unused
-    def _render(self) -> torch.Tensor:
+    def render_kernel(self) -> torch.Tensor:
+        """The kernel for a convolution, see `RenderedKernel.for_convolution`."""
         # a wrapper around the kernel (FSDP gathers its shards) has to be called
         return self.kernel.for_convolution() if isinstance(self.kernel, RenderedKernel) else self.kernel()
 
@@ -346,7 +347,8 @@ class _RenderedConv(DropsCaches):
     def fuse(self) -> nn.Module:
         """The equivalent plain convolution, with a dense kernel; `timm.utils.reparameterize_model` puts it in place."""
         with torch.no_grad():
-            return self.to_conv(self.kernel(), self.bias)
+            weight = self.render_kernel().clone()  # which the layer may keep
+            return self.to_conv(with_all_taps(weight, self.kernel.kernel_size), self.bias)
 
 
 @register_notrace_module
@@ -428,7 +430,7 @@ class SMPConv2d(_RenderedConv):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, H, W) -> (B, out_chs, H, W)."""
-        kernel = self.kernel.for_convolution() if torch.jit.is_scripting() else self._render()
+        kernel = self.kernel.for_convolution() if torch.jit.is_scripting() else self.render_kernel()
         keep = None if torch.jit.is_scripting() else self._kept.keep(kernel)
         if self.depthwise:
             return ops.depthwise_conv2d(x, kernel, self.bias, self.dilation, keep)
@@ -516,7 +518,7 @@ class SMPConv1d(_RenderedConv):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chs, L) -> (B, out_chs, L)."""
-        kernel = self.kernel.for_convolution() if torch.jit.is_scripting() else self._render()
+        kernel = self.kernel.for_convolution() if torch.jit.is_scripting() else self.render_kernel()
         keep = None if torch.jit.is_scripting() else self._kept.keep(kernel)
         if self.causal and self.depthwise:
             return ops.depthwise_causal_conv1d(x, kernel, self.bias, keep)
@@ -603,7 +605,7 @@ class PeripheralConv2d(_RenderedConv):
 
     def forward(self, x: torch.Tensor, pos_embed: Optional[torch.Tensor] = None) -> torch.Tensor:
         """(B, in_chs, H, W), and the embedding (in_chs, k, k) or None -> (B, out_chs, H, W)."""
-        kernel = self.kernel.for_convolution() if torch.jit.is_scripting() else self._render()
+        kernel = self.kernel.for_convolution() if torch.jit.is_scripting() else self.render_kernel()
         bias = self._total_bias(kernel, pos_embed, self.bias)
         keep = None if torch.jit.is_scripting() else self._kept.keep(kernel)
         if self.depthwise:

@@ -5,13 +5,14 @@ import numbers
 from typing import Hashable, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..ops.context import full_precision, is_transformed
 from .cache import DropsCaches, ValueCache, wants_gradients
 from .plain import has_hooks
 
-__all__ = ['RenderedKernel', 'SMPKernel', 'no_weight_decay']
+__all__ = ['RenderedKernel', 'SMPKernel', 'no_weight_decay', 'with_all_taps']
 
 _SUPPORT_STEP = 32  # taps by which rendered causal kernels differ in length
 _MIN_SPARSITY = 4  # taps for one that a point may reach, from which they are better looked up
@@ -43,8 +44,8 @@ class RenderedKernel(DropsCaches):
         rendered each time.
 
         Returns:
-            Kernel, (out_chs, in_chs, kh, kw), or (out_chs, in_chs, taps) with the last taps if causal. Not to be
-            changed in place.
+            Kernel, (out_chs, in_chs, kh, kw), or (out_chs, in_chs, taps) with the last taps if causal, which
+            `with_all_taps` completes. Not to be changed in place.
         """
         if torch.jit.is_scripting():
             return self.forward()
@@ -416,6 +417,12 @@ class SMPKernel(RenderedKernel):
             f'{self.in_chs}, {self.out_chs}, kernel_size={tuple(self.kernel_size)}, num_points={self.num_points}, '
             f'shared_points={self.shared_points}, normalize={self.normalize}'
         )
+
+
+def with_all_taps(kernel: torch.Tensor, kernel_size: Sequence[int]) -> torch.Tensor:
+    """A kernel, (out_chs, in_chs, *taps), with zeros for the leading taps that it may lack if it is causal."""
+    missing = kernel_size[0] - kernel.shape[2]
+    return F.pad(kernel, (missing, 0)) if kernel.ndim == 3 and missing > 0 else kernel
 
 
 def no_weight_decay(module: nn.Module) -> Set[str]:

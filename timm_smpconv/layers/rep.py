@@ -1,6 +1,6 @@
 """Blocks that train as several linear operations and deploy as one."""
 
-from typing import Hashable, Optional, Tuple, Type, Union
+from typing import Hashable, Optional, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from ..ops.context import is_exporting, is_transformed
 from .cache import DropsCaches, ValueCache, wants_gradients
 from .conv import CausalConv1d, LargeConv2d, PointwiseConv2d, SMPConv1d, SMPConv2d
 from .folding import check_part, like_module
-from .kernel import SMPKernel
+from .kernel import SMPKernel, with_all_taps
 from .norm import NORMS, NORMS_WITH_ACT, SequenceNorm, fold_norm_into_previous, is_foldable
 from .plain import is_plain
 
@@ -178,19 +178,22 @@ class _RepSMPConv(DropsCaches):
                 f'{self.large.dilation}, and be causal only if that is, got {self.small}.'
             )
         with torch.no_grad():
-            return like_module(self._fold(self.large.kernel()), self)
+            kernel = self.large.render_kernel()
+            return like_module(self._fold(kernel, self.large.kernel.kernel_size), self)
 
     @torch.jit.unused
     def _fold_reached(self) -> nn.Module:
         # causal kernels without the leading taps that no point reaches: less to fold and to convolve
-        return self._fold(self.large.kernel.render_reached()).requires_grad_(False)
+        kernel = self.large.kernel.render_reached()
+        return self._fold(kernel, kernel.shape[2:]).requires_grad_(False)
 
     @torch.jit.unused
-    def _fold(self, kernel: torch.Tensor) -> nn.Module:
+    def _fold(self, kernel: torch.Tensor, kernel_size: Sequence[int]) -> nn.Module:
+        """The plain convolution with the sum of both branches, whose large kernel may lack leading taps."""
         weight, bias = fold_norm_into_previous(kernel, self.large.bias, self.large_norm)
         small, small_bias = fold_norm_into_previous(self.small.weight, self.small.bias, self.small_norm)
         total = _add_small(weight, small, causal=kernel.ndim == 3)
-        return self.large.to_conv(total.to(kernel), bias + small_bias)
+        return self.large.to_conv(with_all_taps(total.to(kernel), kernel_size), bias + small_bias)
 
 
 def _to_channels_last(x: torch.Tensor) -> torch.Tensor:

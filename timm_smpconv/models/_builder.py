@@ -104,19 +104,23 @@ def build(
     loading = {**resolved, 'first_conv': None}
     if checkpoint is not None:  # which timm would copy with the configuration: `load` has it
         loading.update(source='', file='', state_dict={'': None})
-    model_args: Dict[str, Any] = {}
+    deployed = pretrained and kwargs.get('inference_mode', False)
 
     def construct(**args: Any) -> LargeKernelNet:
-        model_args.update(args)
-        return model_cls(**args)
+        if not deployed:
+            return model_cls(**args)
+        # `load` deploys it, with the weights that it gets; in full precision, so that these are rounded once
+        dtype = torch.promote_types(args.get('dtype') or torch.get_default_dtype(), torch.float32)
+        return model_cls(**{**args, 'inference_mode': False, 'dtype': dtype})
 
     def load(state_dict: Dict[str, Any], model: LargeKernelNet) -> Dict[str, torch.Tensor]:
         state_dict = checkpoint_filter_fn(state_dict if checkpoint is None else checkpoint, model)
         if 'file' in overlay and 'num_classes' not in overlay and 'head.fc.weight' in state_dict:
             # by which timm decides whether to keep the classifier
             model.pretrained_cfg['num_classes'] = len(state_dict['head.fc.weight'])
-        if model_args.get('inference_mode') and any(key.endswith('.kernel.weights') for key in state_dict):
-            return _deploy(state_dict, model_cls, model_args)
+        if deployed:
+            state_dict = _deploy(state_dict, model)
+            model.to(kwargs.get('dtype'))
         if kwargs.get('pretrained_strict', True):
             _check_complete(state_dict, model)
         return state_dict
@@ -189,18 +193,17 @@ def _check_complete(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> No
         )
 
 
-def _deploy(
-    state_dict: Dict[str, torch.Tensor], model_cls: Type[LargeKernelNet], model_args: Dict[str, Any]
-) -> Dict[str, torch.Tensor]:
-    """Weights of a network in training form, as the deployed form stores them.
+def _deploy(state_dict: Dict[str, torch.Tensor], model: LargeKernelNet) -> Dict[str, torch.Tensor]:
+    """Brings a network into its deployed form, with weights of either form; returns them as that stores them.
 
     Raises:
-        RuntimeError: They do not fit the network.
+        RuntimeError: Weights of a network in training form do not fit.
     """
-    # rounded once: timm casts the rendered kernels
-    dtype = torch.promote_types(model_args.get('dtype') or torch.get_default_dtype(), torch.float32)
-    model = model_cls(**{**model_args, 'inference_mode': False, 'num_classes': 0, 'dtype': dtype})
+    rendered = not any(key.endswith('.kernel.weights') for key in state_dict)
     # passed on as it is: timm drops one for other classes once this has returned
     classifier = {key: value for key, value in state_dict.items() if key.startswith('head.fc.')}
-    model.load_state_dict({key: value for key, value in state_dict.items() if key not in classifier})
-    return {**model.eval().reparameterize().state_dict(), **classifier}
+    if not rendered:
+        own = {key: value for key, value in model.state_dict().items() if key.startswith('head.fc.')}
+        model.load_state_dict({**{k: v for k, v in state_dict.items() if k not in classifier}, **own})
+    model.eval().reparameterize().train()
+    return state_dict if rendered else {**model.state_dict(), **classifier}
