@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 import timm_smpconv  # noqa: F401  registers the networks
 from timm_smpconv._files import atomic_path, save_tensors, write_rows
+from timm_smpconv.classes import CIFAR10
 from timm_smpconv.recipe import read_fields
 
 EMA_STEPS = 4  # between updates of the average
@@ -75,10 +76,24 @@ class Phase:
     model_ema_decay: float = 0.998
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError(f'epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}.')
-        if any(n < 1 or 32 % n for n in self.size):
-            raise ValueError(f'size must divide 32 x 32, got {self.size}.')
+        for name, low, high in (
+            ('epochs', 1, math.inf),
+            ('batch_size', 1, math.inf),
+            ('lr', 0, sys.float_info.max),
+            ('min_lr', 0, self.lr),
+            ('cutmix', 0, 1),
+            ('warmup', 0, math.inf),
+            ('weight_decay', 0, sys.float_info.max),
+            ('model_ema_decay', 0, 1),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f'{name} must be from {low} to {high}, got {value!r}.')
+        for name in ('epochs', 'batch_size', 'warmup'):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f'{name} must be a whole number, got {getattr(self, name)!r}.')
+        if len(self.size) != 2 or any(n < 1 or 32 % n for n in self.size):
+            raise ValueError(f'size must be two numbers that divide 32, got {self.size}.')
 
 
 @dataclasses.dataclass
@@ -119,6 +134,8 @@ class Recipe:
             raise ValueError('phases is empty: expected what the network goes through, one or more.')
         if self.ask_once and (not self.teacher or any(phase.cutmix for phase in self.phases)):
             raise ValueError('ask_once needs a teacher and no cutmix: an answer is about an image as it is.')
+        if not self.kd_temperature > 0:
+            raise ValueError(f'kd_temperature must be positive, got {self.kd_temperature}.')
         if not 0 <= self.task_loss_weight < 1:
             raise ValueError(f'task_loss_weight must lie in [0, 1), got {self.task_loss_weight}: the rest is learned.')
         if self.pretrained and self.initial_checkpoint:
@@ -158,12 +175,23 @@ Arrays = Tuple[torch.Tensor, torch.Tensor]  # images (N, 3, 32, 32), uint8, and 
 
 
 def _decode(path: str) -> np.ndarray:
-    return np.asarray(Image.open(path).convert('RGB'))
+    pixels = np.asarray(Image.open(path).convert('RGB'))
+    if pixels.shape != (32, 32, 3):
+        raise ValueError(f'{path} is {pixels.shape[1]} x {pixels.shape[0]}, expected 32 x 32.')
+    return pixels
 
 
 def load_images(folder: Path, hold_out: int) -> Tuple[Arrays, Arrays]:
-    """The images of CLASS/*, less the last `hold_out` of each class, and those."""
+    """The images of CLASS/*, less the last `hold_out` of each class, and those.
+
+    Raises:
+        ValueError: They are not of the classes of CIFAR-10, an image is of another size, or a negative `hold_out`.
+    """
+    if hold_out < 0:
+        raise ValueError(f'hold_out must not be negative, got {hold_out}.')
     dataset = ImageFolder(str(folder))
+    if tuple(dataset.classes) != CIFAR10:
+        raise ValueError(f'{folder} has the classes {dataset.classes}, expected those of CIFAR-10: {list(CIFAR10)}.')
     with ThreadPoolExecutor() as pool:
         pixels = np.stack(list(pool.map(_decode, [path for path, _ in dataset.samples])))
     images, labels = torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(dataset.targets)

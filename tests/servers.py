@@ -137,6 +137,7 @@ class Drive(ThreadingHTTPServer):
             (every connection ends after a part), 'dead' (and no byte comes), 'refused' (403).
         ranges: The server can go on in the middle.
         version: How it says that the file is the same: 'etag', or the 'date' of the last change.
+        shift: Bytes by which a part begins elsewhere than it was asked for, as the server says.
         requests: Range headers that came.
     """
 
@@ -145,7 +146,7 @@ class Drive(ThreadingHTTPServer):
     def __init__(self, data=b'', mode='ok', ranges=True):
         super().__init__(('127.0.0.1', 0), _DriveHandler)
         self.data, self.mode, self.ranges, self.requests = data, mode, ranges, []
-        self.version = 'etag'
+        self.version, self.shift = 'etag', 0
         self.part = max(len(data) // 3, 1)
 
     @property
@@ -196,6 +197,6 @@ class _DriveHandler(BaseHTTPRequestHandler):
         body, total = drive.data[start:], len(drive.data)
         headers = {header: version}
         if start:
-            headers['Content-Range'] = f'bytes {start}-{total - 1}/{total}'
+            headers['Content-Range'] = f'bytes {start + drive.shift}-{total - 1}/{total}'
         sent = {'broken': drive.part, 'dead': 0}.get(drive.mode, len(body))
         self._send(206 if start else 200, body[:sent], headers, length=len(body))

@@ -14,6 +14,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 from torch import nn
 
+from timm_smpconv.classes import CIFAR10
+
 FIXTURES = Path(__file__).resolve().parent / 'fixtures'
 FIXTURE_NAMES = sorted(path.stem for path in FIXTURES.glob('*.json'))
 SEED = 1
@@ -106,10 +108,10 @@ def randomize_norms(model, seed=0):
 
 
 def write_images(folder, count):
-    """CLASS/*.png of 32 x 32 pixels: ten classes of `count` images, each class of its own colour."""
+    """CLASS/*.png of 32 x 32 pixels: `count` images of each class of CIFAR-10, each class of its own colour."""
     rng = np.random.default_rng(0)
-    for label in range(10):
-        (folder / f'class{label}').mkdir(parents=True)
+    for label, name in enumerate(CIFAR10):
+        (folder / name).mkdir(parents=True)
         for i in range(count):
             image = rng.integers(0, 60, (32, 32, 3)) + 19 * np.array([label, 9 - label, label % 3])
-            Image.fromarray(image.astype(np.uint8)).save(folder / f'class{label}' / f'{i}.png')
+            Image.fromarray(image.astype(np.uint8)).save(folder / name / f'{i}.png')

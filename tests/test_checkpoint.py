@@ -42,6 +42,39 @@ def reference(tmp_path_factory):
     return out
 
 
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (lambda s: {**s, 'head.fc.weight': torch.tensor(1.0)}, 'do not fit smpconv_seq_chartraj|size mismatch'),
+        (lambda s: {**s, 'stages.0.conv1.small.weight': torch.tensor(1.0)}, 'do not fit smpconv_seq_chartraj'),
+        (lambda s: {**s, 'stages.0.conv1.small.weight': 1}, "a int at 'stages.0.conv1.small.weight'"),
+        (lambda s: {**s, 3: torch.ones(1)}, 'keys that are no text'),
+        (lambda s: {'state_dict': {'model': {}}}, 'is empty'),
+    ],
+)
+def test_files_that_are_no_weights(change, words, tmp_path):
+    name = 'smpconv_seq_chartraj'
+    torch.save(change(timm.create_model(name).state_dict()), tmp_path / 'a.pth')
+    with pytest.raises(RuntimeError, match=words):
+        from_file(name, tmp_path / 'a.pth')
+    with pytest.raises(RuntimeError, match=words):
+        from_file(name, tmp_path / 'a.pth', num_classes=20, inference_mode=True)
+
+
+def test_checkpoints_that_hold_themselves(tmp_path):
+    itself = {}
+    itself['model'] = itself
+    torch.save(itself, tmp_path / 'a.pth')
+    with pytest.raises(CheckpointError, match='holds itself'):
+        from_file('smpconv_seq_chartraj', tmp_path / 'a.pth')
+
+
+def test_what_is_refused_is_named(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / 'a.pth')
+    with pytest.raises(CheckpointError, match=r'could run code \(it names torch.nn.modules.linear.Linear\)'):
+        read_checkpoint(tmp_path / 'a.pth')
+
+
 def zeros(state):
     return {key: torch.zeros_like(value) for key, value in state.items()}
 
@@ -52,6 +85,7 @@ WRAPPINGS = {
     'state_dict_ema': lambda s: dict(state_dict=zeros(s), state_dict_ema=s, epoch=3),
     'no ema': lambda s: dict(model=s, model_ema=None, optimizer={}, args=argparse.Namespace(lr=1.0)),
     'no state_dict_ema': lambda s: dict(state_dict=s, state_dict_ema=None),
+    'empty state_dict_ema': lambda s: dict(state_dict=s, state_dict_ema={}),
     'model': lambda s: dict(model=s, optimizer={}, lr_scheduler={}, epoch=2),
     'state_dict': lambda s: dict(state_dict=s, arch='x'),
     'bare': lambda s: s,
@@ -338,6 +372,8 @@ def test_a_file_of_the_caller(tmp_path):
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
     assert tuple(model.pretrained_cfg['mean']) == tuple(mean) and model.pretrained_cfg['num_classes'] == 5
     assert create(num_classes=7).head.fc.out_features == 7
+    with pytest.raises(RuntimeError, match='size mismatch for head.fc.weight'):  # nobody has asked for a new one
+        create()
     fresh = create(num_classes=5, overlay=dict(num_classes=-1, mean=(1.0,)))  # as train.py --pretrained-path
     assert not torch.equal(fresh.head.fc.weight, state['head.fc.weight']) and fresh.pretrained_cfg['mean'] == (1.0,)
     features = create(features_only=True, feature_cls='getter')

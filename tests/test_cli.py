@@ -281,6 +281,20 @@ def test_transparent_ground_and_invert(tmp_path):
     assert load_image(path, 1, background=255, invert=True).getpixel((0, 0)) == 0
 
 
+def test_transparent_grey_values(tmp_path):
+    """A PNG may name one value of 8 or of 16 bits that is transparent."""
+    for dtype, white in ((np.uint8, 255), (np.uint16, 65535)):
+        image = Image.fromarray(np.array([[white, white // 2]], dtype))
+        image.save(tmp_path / 'a.png', transparency=white)
+        assert np.asarray(load_image(tmp_path / 'a.png', 1, background=0)).tolist() == [[0, 127]]
+
+
+def test_metadata_that_are_damaged(tmp_path):
+    pixels = _pixels((5, 4, 3))
+    Image.fromarray(pixels).save(tmp_path / 'a.png', exif=b'garbage')
+    assert (np.asarray(load_image(tmp_path / 'a.png', 3)) == pixels).all()
+
+
 def test_first_frame(tmp_path):
     path = tmp_path / 'two.gif'
     Image.new('L', (5, 5), 10).save(path, save_all=True, append_images=[Image.new('L', (5, 5), 200)])
@@ -755,7 +769,7 @@ def test_validate_says_what_is_missing(capsys, tmp_path, data, checkpoint):
     assert status == 2 and 'unicorn is not a class of smpconv_cifar' in err
     (tmp_path / 'unicorn').rmdir()
     status, _, err = run(capsys, 'validate', '--model', 'smpconv_cifar', '--data', tmp_path)
-    assert status == 2 and 'Found 0 images' in err
+    assert status == 2 and 'No images in the folders of' in err
     status, _, err = run(capsys, 'validate', '--model', 'smpconv_seq_chartraj', '--data', data)  # there are no weights
     assert status == 2 and '--checkpoint-path' in err
     status, _, err = run(capsys, 'validate', '--model', 'smpconv_tiny', '--data', data, '--confusion', 'x.png')
@@ -811,6 +825,11 @@ def test_train_on_a_device_that_is_not_there(capsys, tmp_path, data):
         ('{"epochs": "8"}', 'of type int'),
         ('epochs: 0', 'epochs must be at least 1, got 0'),
         ('lr: fast', 'of type float'),
+        (f'epochs: {10**400}', 'epochs must be at least 1, got'),
+        ('epochs: !!int ""', 'is not YAML: string index out of range'),
+        ('amp: !!bool "x"', "is not YAML: 'x'"),
+        ('model: 2020-13-45', 'is not YAML: month must be in 1..12'),
+        ('[' * 3000, 'is not YAML: '),
         ('model: resnet18', 'Unknown model'),
         ('model: smpconv_tiny', "timm's own train.py trains smpconv_tiny: recipes/smpconv_tiny.yaml"),
         ('noise: 0.1', 'has no effect'),
@@ -895,6 +914,58 @@ def test_options_of_convert(capsys, tmp_path):
     assert 'checkpoint_path=FILE, depth=1, dim=4)' in cards['itself']
     status, _, err = run(capsys, *command, '--out', tmp_path / 'full')
     assert status == 2 and 'does not fit smpconv_seq_mnist' in err
+
+
+def test_images_are_read_as_predict_does(tmp_path, capsys):
+    """Of any format, turned, of 16 bits, in folders of folders: all of them count, for the class of the outermost."""
+    photos = sorted((DIGITS.parent / 'photos').iterdir())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = []
+    for i, photo in enumerate(photos):
+        image = Image.open(photo)
+        folder = tmp_path / 'test' / photo.stem / 'dog'
+        folder.mkdir(parents=True)
+        files.append(folder / f'a{(".BMP", ".webp", ".png", ".tif", ".gif")[i % 5]}')
+        if i % 5 == 2:
+            image.rotate(90).save(files[-1], exif=exif.tobytes())
+        else:
+            image.save(files[-1], lossless=True)
+    _, out, _ = run(capsys, 'predict', '--model', 'smpconv_cifar', '--topk', 1, *files)
+    hits = sum(line.split(': ')[1].startswith(file.parts[-3]) for line, file in zip(out.splitlines(), files))
+    (tmp_path / 'test' / '.hidden').mkdir()
+    (tmp_path / 'test' / 'cat' / '._a.png').touch()
+    (tmp_path / 'test' / 'cat' / 'Thumbs.db').touch()
+    status, out, err = run(capsys, 'validate', '--model', 'smpconv_cifar', '--data', tmp_path, '--json')
+    assert status == 0 and (json.loads(out)['hits'], json.loads(out)['total']) == (hits, 10) and hits >= 9
+
+
+def test_weights_that_are_not_finite(tmp_path, capsys, digit, checkpoint, data):
+    state = load_file(checkpoint)
+    state['head.fc.weight'].fill_(float('nan'))
+    save_file(state, tmp_path / 'nan.safetensors')
+    status, out, err = run(capsys, 'predict', digit, '--json', '--checkpoint-path', tmp_path / 'nan.safetensors')
+    assert status == 1 and 'not finite' in json.loads(out)[0]['error'] and 'not finite' in err
+    arguments = ('--model', 'smpconv_seq_mnist', '--data', data, '--checkpoint-path', tmp_path / 'nan.safetensors')
+    status, out, err = run(capsys, 'validate', *arguments)
+    assert status == 2 and not out and 'not finite' in err
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='this system has no disk that is always full')
+def test_output_that_is_full():
+    with open('/dev/full', 'w') as full:
+        command = [sys.executable, '-m', 'timm_smpconv', 'list']
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (
+        done.returncode == 2
+        and done.stderr == 'timm-smpconv: cannot write its output: [Errno 28] No space left on device.\n'
+    )
+
+
+@pytest.mark.parametrize('threads', ['0', '1025', '99999999999', '1' * 5000])
+def test_numbers_of_threads(threads, capsys, tmp_path):
+    status, _, err = run(capsys, 'train', '--data', tmp_path, '--output', tmp_path / 'x', '--threads', threads)
+    assert status == 2 and '--threads: expected ' in err
 
 
 def test_no_image_is_counted_as_another(capsys, tmp_path, data):

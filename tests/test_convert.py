@@ -19,7 +19,8 @@ from synth import FIXTURE_NAMES, expected, reference_state, relative_error, synt
 
 from timm_smpconv import WeightsError, store
 from timm_smpconv._files import read_metadata, save_tensors, write_text
-from timm_smpconv.checkpoint import CheckpointError, read_checkpoint
+from timm_smpconv.checkpoint import CheckpointError, carried_settings, read_checkpoint
+from timm_smpconv.classes import SPEECH_WORDS
 from timm_smpconv.cli import main
 from timm_smpconv.convert import convert
 from timm_smpconv.predict import check_inputs, load_model
@@ -255,9 +256,20 @@ def test_arguments(tmp_path):
     with pytest.raises(FileExistsError, match='overwrite'):
         convert(tmp_path / 'a.safetensors', 'smpconv_seq_mnist', out, model_kwargs=SMALL)
     convert(tmp_path / 'a.safetensors', 'smpconv_seq_mnist', out, model_kwargs=SMALL, overwrite=True)
-    for kwargs in (dict(features_only=True), dict(device='nowhere')):
-        with pytest.raises(ValueError, match='Cannot'):
+    for kwargs, words in (
+        (dict(device='nowhere'), 'Cannot build'),
+        (dict(features_only=True), 'make something else'),
+        # which a configuration cannot hold, or timm would be given twice
+        (dict(SMALL, pretrained=False), r'not of the network itself \(pretrained\).*expected some of conv_bias'),
+        (dict(SMALL, scriptable=True), r'not of the network itself \(scriptable\)'),
+        (dict(SMALL, dtype=torch.float64), r'not of the network itself \(dtype\)'),
+    ):
+        with pytest.raises(ValueError, match=words):
             convert(tmp_path / 'a.safetensors', 'smpconv_seq_mnist', tmp_path / 'other', model_kwargs=kwargs)
+    folder = convert(
+        tmp_path / 'a.safetensors', 'smpconv_seq_mnist', out, model_kwargs=dict(SMALL, global_pool=None), overwrite=True
+    ).folder
+    assert timm.create_model(f'local-dir:{folder}', pretrained=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['a.safetensors', 'out']
 
 
@@ -516,13 +528,36 @@ def test_other_input_channels(channels, tmp_path):
 
 
 def test_hashes_are_those_of_the_files(tmp_path):
-    """With statistics to keep, the installed file says more than that of a folder."""
+    """Weights say how their inputs were normalised, in a folder and in the store."""
     model = timm.create_model('smpconv_seq_chartraj')
     save_tensors(tmp_path / 'a.safetensors', model.state_dict(), dict(mean=[1.0] * 3, std=[2.0] * 3))
     both = convert(tmp_path / 'a.safetensors', 'smpconv_seq_chartraj', tmp_path / 'out', install=True)
-    assert both.sha256 == store.file_sha256(both.folder / 'model.safetensors')
+    for file in (both.folder / 'model.safetensors', both.installed):
+        assert both.sha256 == store.file_sha256(file)
+        assert carried_settings(file, beside=False) == dict(mean=(1.0,) * 3, std=(2.0,) * 3)
     alone = convert(tmp_path / 'a.safetensors', 'smpconv_seq_chartraj', install=True)
-    assert alone.sha256 == store.file_sha256(alone.installed) != both.sha256
+    assert alone.sha256 == store.file_sha256(alone.installed) == both.sha256
+
+
+def test_links_as_folders(tmp_path):
+    """What a link leads to is made, or replaced."""
+    save_file(small().state_dict(), tmp_path / 'a.safetensors')
+    arguments = tmp_path / 'a.safetensors', 'smpconv_seq_mnist', tmp_path / 'link'
+    (tmp_path / 'link').symlink_to(tmp_path / 'real', target_is_directory=True)
+    for overwrite in (False, True):
+        folder = convert(*arguments, model_kwargs=SMALL, overwrite=overwrite).folder
+        assert folder == tmp_path / 'real' and (tmp_path / 'link').is_symlink()
+        assert (tmp_path / 'link' / 'model.safetensors').is_file()
+
+
+def test_classes_of_our_own_weights_have_names(tmp_path):
+    name = 'smpconv_seq_speech.sc'
+    folder = convert(bundled_path(name), name, tmp_path / 'out').folder
+    assert json.loads((folder / 'config.json').read_text())['label_names'] == list(SPEECH_WORDS)
+    save_file(timm.create_model('smpconv_seq_speech').state_dict(), tmp_path / 'a.safetensors')
+    folder = convert(tmp_path / 'a.safetensors', name, tmp_path / 'other', license='other: mine').folder
+    assert 'label_names' not in json.loads((folder / 'config.json').read_text())  # they may be of anything
+    assert 'license: "other: mine"\n' in (folder / 'README.md').read_text()
 
 
 def test_averages_of_checkpoints(tmp_path):

@@ -21,7 +21,10 @@ from timm_smpconv.layers import (
     RepSMPConv2d,
     SMPConv2d,
     SMPKernel,
+    convert_large_convs,
+    fold_norm_into_next,
 )
+from timm_smpconv.models.smpconv import ConvFFN
 
 PLAIN = (
     nn.Conv1d,
@@ -571,6 +574,37 @@ def test_computed_weights(name, part, change):
 class DoublingLinear(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        torch.nn.utils.parametrizations.weight_norm,
+        lambda conv: prune.random_unstructured(conv, 'weight', 0.5),
+    ],
+)
+def test_norms_before_computed_weights(change):
+    """What is computed anew in each call cannot take them: they stay."""
+    block = randomize_norms(ConvFFN(8, 16)).eval()
+    block.pw1.reparameterize()
+    change(block.pw1.conv)
+    x = torch.randn(2, 8, 9, 9)
+    with torch.no_grad():
+        wanted = block(x)
+        block.reparameterize()
+        assert relative_error(block(x), wanted) <= 1e-5
+    with pytest.raises(RuntimeError, match='a weight and bias of its own'):
+        fold_norm_into_next(nn.BatchNorm2d(8), block.pw1.conv)
+
+
+def test_converted_convolutions_stay_fast():
+    module = randomize_norms(ConvNorm(4, 4, 9)).eval()
+    convert_large_convs(module)
+    x = torch.randn(2, 4, 11, 11)
+    with torch.no_grad():
+        wanted = module(x)
+        module.reparameterize()
+        assert type(module.conv) is LargeConv2d and relative_error(module(x), wanted) <= 1e-5
 
 
 def test_last_layers_that_do_more_than_multiply():

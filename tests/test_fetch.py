@@ -1,11 +1,15 @@
 """Where pretrained=True finds its weights: store and authors' file, with every fault that a download can have."""
 
+import errno
+import http.client
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -319,6 +323,61 @@ def test_bundled(key):
     with torch.inference_mode():
         logits = model(fixed_input(model.pretrained_cfg['input_size']))[0]
     torch.testing.assert_close(logits, torch.tensor(weights.logits), rtol=1e-3, atol=2e-3)
+
+
+def test_lost_weights_of_the_user(own, tmp_path):
+    """Those that were installed by hand are not replaced by others unnoticed."""
+    key = 'smpconv_seq_mnist.smnist'
+    torch.save(timm.create_model('smpconv_seq_mnist').state_dict(), tmp_path / 'a.pth')
+    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(b'x')):
+        path = convert(tmp_path / 'a.pth', key, install=True).installed
+        damage(path)
+        for _ in range(2):
+            with pytest.raises(WeightsError, match='installed by hand.* Install them again .*smpconv_seq_mnist --inst'):
+                timm.create_model(key, pretrained=True)
+    shutil.rmtree(own / key)
+    assert timm.create_model(key, pretrained=True)
+
+
+def test_one_file_of_a_name_is_kept(own, tmp_path):
+    for _ in range(3):
+        torch.save(timm.create_model(MODEL).state_dict(), tmp_path / 'a.pth')
+        path = convert(tmp_path / 'a.pth', MODEL, install=True).installed
+    assert list((own / NAME).glob('*.safetensors')) == [path] == [store.find(NAME)]
+
+
+def test_incomplete_sources(own):
+    for source, missing in (('hf-hub', 'hf_hub_id'), ('local-dir', 'file')):
+        overlay = dict(source=source, file=None, hf_hub_id=None)
+        with pytest.raises(WeightsError, match=f"source='{source}', and no {missing}"):
+            timm.create_model(MODEL, pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+@pytest.mark.parametrize(
+    'error', [OSError(errno.EHOSTUNREACH, 'No route to host'), ssl.SSLError(1, 'bad record mac')], ids=['route', 'ssl']
+)
+def test_connection_lost_in_the_middle(error, drive, monkeypatch):
+    """Whatever the network fails with, it is taken up again where it stopped."""
+    read, calls = http.client.HTTPResponse.read, []
+
+    def fail(self, *args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise error
+        return read(self, *args)
+
+    monkeypatch.setattr(http.client.HTTPResponse, 'read', fail)
+    check_logits(create())
+    assert drive.requests == [None, f'bytes={2 * download._BLOCK}-']
+
+
+def test_another_part_than_asked_for(drive):
+    """Nothing is put together of what does not belong together."""
+    drive.mode, drive.shift = 'broken', 10
+    with pytest.raises(WeightsError, match='another part of the file'):
+        create()
+    drive.mode, drive.shift = 'ok', 0
+    check_logits(create())
 
 
 def test_bundled_and_store(own, tmp_path):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import servers
+import timm
 import torch
 from datasets import write_trajectories
 from failures import _HUB, MODEL, NAME, ROWS, cached_weights, make_folder, publish, run_client, run_row
@@ -12,6 +13,7 @@ from forks import run_python
 from minihub import Entry
 from safetensors.torch import load_file, save, save_file
 
+from timm_smpconv._files import save_tensors
 from timm_smpconv.convert import convert
 
 
@@ -110,6 +112,20 @@ def test_recovery(fault, folder, tmp_path, weights_sum):
         third = run_client(environment, _HUB)
         assert third['ok'] and third['sum'] == pytest.approx(weights_sum, rel=1e-9)
         assert list(path.parent.glob('*.corrupt'))
+
+
+def test_inputs_do_not_depend_on_the_cache(tmp_path):
+    """The weights say how inputs were normalised: a config.json is there only if somebody has asked for it."""
+    saved = dict(mean=[0.1, 0.2, 0.3], std=[2.0] * 3)
+    save_tensors(tmp_path / 'a.safetensors', timm.create_model(MODEL).state_dict(), saved)
+    folder = convert(tmp_path / 'a.safetensors', MODEL, tmp_path / 'out').folder
+    with servers.hub_server() as server:
+        publish(server.hub, folder)
+        plain = f"timm.create_model('{MODEL}', pretrained=True"
+        named = f"timm.create_model('hf-hub:me/{NAME}', pretrained=True"
+        other = f"{plain}, pretrained_cfg_overlay=dict(hf_hub_id='me/{NAME}')"
+        means = [f"{call}).pretrained_cfg['mean']" for call in (plain, other, named, plain, other)]
+        assert ask(servers.hub_environment(server, tmp_path / 'home'), *means) == [saved['mean']] * 5
 
 
 def test_private_means_private(folder, tmp_path):

@@ -638,6 +638,25 @@ class TestProjection:
         torch.func.functional_call(model, values, (torch.randn(2, 3, 12, 12),)).sum().backward()
         assert flat.grad.abs().sum() > 0
 
+    def test_coordinates_that_are_drawn(self):
+        """In each call anew: no tap is left out that the next drawing reaches."""
+
+        class Drawing(nn.Module):
+            def forward(self, coords):
+                return coords + 0.5 * torch.randn_like(coords)
+
+        kernel = SMPKernel(4, 4, 1000, ndim=1, causal=True, num_points=1, radius=0.02)
+        torch.nn.utils.parametrize.register_parametrization(kernel, 'coords', Drawing())
+        for training in (True, False):
+            kernel.train(training)
+            with torch.set_grad_enabled(training):
+                for seed in range(20):
+                    torch.manual_seed(seed)
+                    rendered = kernel.for_convolution()
+                    assert rendered.shape[2] == 1000
+                    torch.manual_seed(seed)
+                    assert torch.equal(rendered, kernel())
+
     def test_tensors_of_inference_mode(self):
         with torch.inference_mode():
             kernel = self.kernel()

@@ -12,6 +12,7 @@ from timm.models.convmixer import ConvMixer
 from timm.models.convnext import ConvNeXt
 from timm.utils import reparameterize_model
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from timm_smpconv import ops
 from timm_smpconv.layers import (
@@ -167,7 +168,11 @@ def test_defaults(layer, points, radius):
         (lambda: LargeConv1d(4, 4, 7, dilation=2), ('LargeConv1d has dilation=(1,)', '2')),
         (lambda: LargeConv1d(4, 4, 7, padding=2), ('padding=(3,)', '2')),
         (lambda: LargeConv1d(4, 4, 7, stride=2), ('stride=(1,)', '2')),
-        (lambda: SMPConv1d(4, 4, (7, 9)), ('number of taps', '(7, 9)')),
+        (lambda: SMPConv1d(4, 4, (7, 9)), ('positive (one number)', '(7, 9)')),
+        (lambda: SMPConv1d(4, 4, 7.0), ('positive (one number)', '7.0')),
+        (lambda: LargeConv2d(4, 4, '7'), ('odd and positive', "'7'")),
+        (lambda: CausalConv1d(4, 4, (7, 7)), ('positive (one number)', '(7, 7)')),
+        (lambda: CausalConv1d(4, 4, 0), ('positive (one number)', '(0,)')),
         (lambda: PeripheralConv2d(4, 4, 7, 1, 3, 2, groups=4), ('padding=(6, 6)', '3')),
         (lambda: SMPConv2d(4, 4, 7, dilation=0, groups=4), ('dilation', '(0, 0)')),
         (lambda: LargeConv2d(4, 4, 7, dilation=(1, -1)), ('dilation', '(1, -1)')),
@@ -533,6 +538,81 @@ def test_large_convolutions_of_other_networks(kind):
     with torch.no_grad():
         assert relative_error(converted(x), model(x)) < 1e-10
         assert relative_error(pickle.loads(pickle.dumps(converted))(x), model(x)) < 1e-10
+
+
+@pytest.mark.parametrize('last', [False, True])
+@pytest.mark.parametrize(
+    'make, x',
+    [
+        (lambda: nn.Conv2d(8, 8, 7, padding=3, groups=8), (2, 8, 14, 14)),
+        (lambda: nn.Conv2d(8, 8, 31, padding=15), (2, 8, 20, 20)),
+        (lambda: nn.Conv1d(8, 8, 31, padding=15, groups=8), (2, 8, 100)),
+        (lambda: nn.Conv1d(30, 30, 501, padding=250, bias=False), (1, 30, 1001)),
+    ],
+)
+@pytest.mark.parametrize('backend', [None, 'direct', 'fft'])
+def test_large_convolutions_keep_the_memory_format(make, x, last, backend):
+    """Code around them may call view."""
+    conv, x = make(), torch.randn(x)
+    if last and x.ndim == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), ops.use_backend(backend):
+            wanted, y = conv(x), convert_large_convs(copy.deepcopy(conv))(x)
+        assert y.stride() == wanted.stride()
+        torch.testing.assert_close(y, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('name, value', [('stride', (2,)), ('dilation', (2,)), ('padding_mode', 'circular')])
+def test_causal_convolutions_that_are_changed(name, value):
+    """They do not compute something else than they say."""
+    conv, block = CausalConv1d(4, 4, 9), RepSMPConv1d(4, 4, 30).eval()
+    setattr(conv, name, value)
+    block.small = conv
+    for part in (conv, block):
+        with pytest.raises(ValueError, match='CausalConv1d has stride 1.* changed since'):
+            part(torch.randn(2, 4, 50))
+    with pytest.raises(RuntimeError, match='cannot be reparameterized'):
+        block.fuse()
+
+
+@pytest.mark.parametrize(
+    'make, x',
+    [
+        (lambda: LargeConv2d(8, 8, 31), (1, 8, 40, 40)),
+        (lambda: LargeConv2d(8, 8, 31, groups=8), (1, 8, 40, 40)),
+        (lambda: CausalConv1d(4, 4, 128), (1, 4, 200)),
+        (lambda: SMPConv2d(8, 8, 31), (1, 8, 40, 40)),
+        (lambda: RepSMPConv1d(4, 4, 128), (1, 4, 200)),
+        (lambda: RepSMPConv2d(8, 8, 31), (1, 8, 40, 40)),
+    ],
+)
+@pytest.mark.parametrize('mode', ['real', 'fake', 'symbolic'])
+def test_traced_by_make_fx(make, x, mode):
+    layer, x = make().eval(), torch.randn(x)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            wanted = layer(x)
+            traced = make_fx(layer, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+            torch.testing.assert_close(traced(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_pruned_biases_deploy():
+    """As the next call computes them."""
+    for layer in (SMPConv2d(4, 4, 7, groups=4), SMPConv1d(4, 4, 7), PeripheralConv2d(4, 4, 7, groups=4)):
+        nn.init.normal_(layer.bias)
+        torch.nn.utils.prune.random_unstructured(layer, 'bias', 0.25)
+        layer.bias_orig.data.fill_(5.0)
+        assert torch.equal(layer.fuse().bias, 5.0 * layer.bias_mask)
+
+
+@pytest.mark.parametrize('backend', ['fft', 'dft'])
+def test_one_cache_for_two_operations(backend):
+    kept, weight, x = cache.KernelCache(), torch.randn(4, 4, 7), torch.randn(1, 4, 20)
+    with torch.no_grad(), ops.use_backend(backend):
+        for _ in range(2):
+            for op in (ops.causal_conv1d, ops.conv1d):
+                torch.testing.assert_close(op(x, weight, keep=kept.keep(weight)), op(x, weight))
 
 
 def test_large_convolutions_are_found():

@@ -816,6 +816,8 @@ def test_count_of_taps_on_the_map(n, k, data):
         ('causal', (1, 3, 8), (5, 2, 4), None, ('2', '(1, 3, 8)')),
         ('causal', (1, 3, 8), (5, 3, 4), (1,), ('bias', '(5,)', '(1,)')),
         ('causal', (1, 3, 0), (5, 3, 4), None, ('one step', '(1, 3, 0)')),
+        ('causal', (1, 3, 8), (5, 3, 0), None, ('one tap', '(5, 3, 0)')),
+        ('causal depthwise', (1, 3, 8), (3, 1, 0), None, ('one tap', '(3, 1, 0)')),
         ('causal depthwise', (1, 3, 8), (3, 3, 4), None, ('depthwise_causal_conv1d', '(3, 1, K)', '(3, 3, 4)')),
         ('sequence', (1, 3, 8), (5, 3, 4), None, ('conv1d expects an odd', '(4,)')),
         ('sequence depthwise', (1, 3, 8), (3, 1, 4), None, ('depthwise_conv1d expects an odd', '(4,)')),

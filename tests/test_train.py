@@ -641,7 +641,7 @@ def test_other_recipe_in_the_same_folder(data_dir, tmp_path):
             "'smpconv_seq_mnist' tells 10 classes apart, smpconv_seq_mnist 11",
         ),
         (dict(opt_kwargs=dict(betas=[0.9])), r"opt='adam', opt_kwargs=\{'betas': \[0.9\]\} cannot work"),
-        (dict(model_kwargs=dict(features_only=True)), r"model_kwargs=\{'features_only': True\} are not of the network"),
+        (dict(model_kwargs=dict(features_only=True)), r"model_kwargs=\{'features_only': True\} make something else"),
         (dict(opt_kwargs=dict(colour=1)), r"opt='adam', opt_kwargs=\{'colour': 1\} cannot work: .*colour"),
     ],
 )
@@ -657,6 +657,29 @@ def test_wrong_data_folder(tmp_path, name):
     with pytest.raises(FileNotFoundError, match='timm-smpconv data'):
         train(Recipe(name), tmp_path, tmp_path / 'run', progress=False)
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    'fields, words',
+    [
+        (dict(opt_kwargs=dict(capturable=True)), "opt='adam', .*capturable.* cannot work"),
+        (dict(opt='nmuon', opt_kwargs=dict(ns_steps='x')), "opt='nmuon', .* cannot work"),
+        (dict(opt='fusedadam'), "opt='fusedadam', .* cannot work"),
+        (dict(opt='adamw', opt_kwargs=dict(betas=dict(a=1))), "opt='adamw', .* cannot work"),
+        (dict(weight_decay=1e308), 'weight_decay=1e[+]308, .* cannot work'),
+    ],
+)
+def test_first_steps_that_fail(data_dir, tmp_path, fields, words):
+    """The message names what may be wrong, and the folder is free for a recipe that works."""
+    with pytest.raises(ValueError, match=words):
+        train(dataclasses.replace(RECIPE, **fields), data_dir, tmp_path, progress=False)
+    assert train(dataclasses.replace(RECIPE, epochs=1), data_dir, tmp_path, progress=False).is_file()
+
+
+def test_output_that_is_a_file(data_dir, tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(ValueError, match='file is a file: expected a folder'):
+        train(RECIPE, data_dir, tmp_path / 'file', progress=False)
 
 
 def test_loss_that_explodes(data_dir, tmp_path):
@@ -811,6 +834,11 @@ def test_mask_spectrogram():
     assert (changed.flatten(1).sum(1) == frames * 64 + bands * 161 - frames * bands).all()
     assert masked[changed].abs().max() < 0.1  # the mean
     assert torch.equal(mask_spectrogram(spectrogram, Recipe(), torch.Generator()), spectrogram)
+    # the first and the last are as likely as each other, and all in the middle
+    hidden = changed.all(2).float().mean(0)
+    assert hidden[0] > 0 and hidden[-1] > 0 and hidden[8:-8].std() < 0.03
+    whole = mask_spectrogram(spectrogram, Recipe(time_mask=500), torch.Generator().manual_seed(0))
+    assert (whole != spectrogram).all(1).sum(1).max() == 161
 
 
 def test_mix():
@@ -884,9 +912,18 @@ def test_slow_steps_are_saved_by_the_clock(data_dir, tmp_path, monkeypatch):
     assert saved == [5]
 
 
-@pytest.mark.parametrize('fields', [dict(opt_kwargs=dict(eps=1e-8)), dict(model_kwargs=dict(radius=2e-5, depth=1)), {}])
+@pytest.mark.parametrize(
+    'fields',
+    [
+        dict(opt_kwargs=dict(eps=1e-8)),
+        dict(model_kwargs=dict(radius=2e-5, depth=1)),
+        dict(initial_checkpoint='12e3', opt_kwargs=dict(name='1e5')),
+        {},
+    ],
+)
 def test_recipes_are_read_as_they_were_written(fields, tmp_path):
-    recipe = dataclasses.replace(RECIPE, lr=1e-7, min_lr=1e-8, initial_checkpoint="a: b'#.pt", **fields)
+    fields = {'initial_checkpoint': "a: b'#.pt", **fields}
+    recipe = dataclasses.replace(RECIPE, lr=1e-7, min_lr=1e-8, **fields)
     (tmp_path / 'recipe.yaml').write_text(recipe_text(recipe))
     assert Recipe(**read_recipe(tmp_path / 'recipe.yaml')) == recipe
     assert yaml.safe_load(recipe_text(recipe)) == dataclasses.asdict(recipe)
@@ -913,6 +950,14 @@ def test_numbers_that_make_no_sense(fields):
     (name,) = fields
     with pytest.raises(ValueError, match=f'{name} must be'):
         Recipe(**fields)
+
+
+def test_options_without_effect():
+    for fields in (dict(time_mask=10, masks=0), dict(masks=2)):
+        with pytest.raises(ValueError, match='masks is the number of masks'):
+            Recipe('smpconv_seq_speech', **fields)
+    with pytest.raises(ValueError, match='leaves nothing to learn from kd_model_name'):
+        Recipe(kd_model_name='smpconv_seq_mnist', task_loss_weight=1.0)
 
 
 def test_share_of_the_labels_without_a_teacher():

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from synth import write_images
 
@@ -211,8 +213,22 @@ def test_recipes_that_cannot_work(script):
     phase = script['Phase']
     with pytest.raises(ValueError, match='divide'):
         phase(1, 1e-3, size=(32, 12))
-    with pytest.raises(ValueError, match='at least 1, got 0 and 512'):
-        phase(0, 1e-3)
+    for name, wrong in (
+        ('epochs', 0),
+        ('epochs', 1.5),
+        ('batch_size', 0),
+        ('lr', float('nan')),
+        ('min_lr', 1.0),
+        ('cutmix', 2),
+        ('warmup', -2),
+        ('weight_decay', float('inf')),
+        ('model_ema_decay', 2),
+        ('size', (8, 8, 8)),
+    ):
+        with pytest.raises(ValueError, match=f'{name} must be .*got'):
+            phase(**{'epochs': 1, 'lr': 1e-3, name: wrong})
+    with pytest.raises(ValueError, match='kd_temperature must be positive, got 0'):
+        script['Recipe']('smpconv_seq_cifar', [phase(1, 1e-3)], teacher='smpconv_cifar', kd_temperature=0)
     for kwargs in (dict(phases=[phase(1, 1e-3)]), dict(phases=[phase(1, 1e-3, cutmix=0.5)], teacher='smpconv_cifar')):
         with pytest.raises(ValueError, match='ask_once'):
             script['Recipe']('smpconv_seq_cifar', ask_once=True, **kwargs)
@@ -227,6 +243,20 @@ def test_recipes_that_cannot_work(script):
     for wrong in (dict(initial_checkpoint='none.safetensors'), dict(teacher='resnet18:none.safetensors')):
         with pytest.raises(FileNotFoundError, match='no weights at none.safetensors'):
             script['Recipe']('smpconv_seq_cifar', [phase(1, 1e-3)], **wrong).check_files()
+
+
+def test_images_that_do_not_fit(script, data, tmp_path):
+    load = script['load_images']
+    with pytest.raises(ValueError, match='hold_out must not be negative, got -1'):
+        load(data / 'train', -1)
+    shutil.copytree(data / 'train', tmp_path / 'train')
+    image = tmp_path / 'train' / 'cat' / '0.png'
+    Image.new('RGB', (64, 32)).save(image)
+    with pytest.raises(ValueError, match='0.png is 64 x 32, expected 32 x 32'):
+        load(tmp_path / 'train', 0)
+    shutil.rmtree(image.parent)
+    with pytest.raises(ValueError, match="expected those of CIFAR-10: .*'cat'"):
+        load(tmp_path / 'train', 0)
 
 
 def test_reading_a_recipe(script, tmp_path):

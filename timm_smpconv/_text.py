@@ -7,7 +7,8 @@ __all__ = ['one_line', 'without_password']
 
 def one_line(error: BaseException, limit: int = 200) -> str:
     """What an exception says, or its type: on one line, without passwords, and nothing that a terminal cannot show."""
-    text = without_password(' '.join(str(error).split())) or type(error).__name__
+    plain = re.sub(r'\x1b\[[0-9;]*m', '', str(error))  # without colours
+    text = without_password(' '.join(plain.split())) or type(error).__name__
     text = ''.join(c if c.isprintable() else '?' for c in text)
     return text if len(text) <= limit else text[: limit - 3] + '...'
 

@@ -1,5 +1,6 @@
 """Sound files of any kind to the one second at 16 kHz that the speech networks hear."""
 
+import contextlib
 import dataclasses
 import io
 import wave
@@ -42,26 +43,28 @@ def decode_sound(content: bytes, name: str) -> Sound:
     """
     try:
         if content[:4] == b'RIFF':
-            try:
+            # else floating point, another codec, or a header that is odd or damaged: soundfile reads more
+            with contextlib.suppress(wave.Error, EOFError):
                 return _decode_wav(content)
-            except wave.Error as e:  # floating point, for one
-                if not ('unknown' in str(e) and 'format' in str(e)):  # in the words of any version of Python
-                    raise
         soundfile = _soundfile(name)
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             bits = {'PCM_S8': 8, 'PCM_U8': 8, 'PCM_16': 16, 'PCM_24': 24, 'PCM_32': 32}.get(file.subtype, 0)
-            return Sound(file.read(dtype='float32', always_2d=True), file.samplerate, bits)
-    except (wave.Error, EOFError, RuntimeError) as e:  # soundfile's errors are RuntimeErrors
-        reason = getattr(e, 'error_string', e)  # of soundfile, without the address of the object
+            return Sound(file.read(file.frames, dtype='float32', always_2d=True), file.samplerate, bits)
+    except RuntimeError as e:  # of soundfile
+        reason = getattr(e, 'error_string', e)  # without the address of the object
         raise ValueError(f'{name} is not a readable WAV or FLAC file ({reason}).') from e
 
 
 def _decode_wav(content: bytes) -> Sound:
     with wave.open(io.BytesIO(content)) as file:
         width, channels = file.getsampwidth(), file.getnchannels()
-        data = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
+        data = np.frombuffer(file.readframes(file.getnframes() + 1), np.uint8)  # all, also of larger blocks
         rate = file.getframerate()
     bits = 8 * width
+    header = content.find(b'fmt ') + 8
+    block = int.from_bytes(content[header + 12 : header + 14], 'little')  # bytes of a sample of all channels
+    if channels and block > width * channels and block % channels == 0:  # what they have too many comes first
+        width = block // channels
     if not rate or not channels or width not in (1, 2, 3, 4):
         raise wave.Error(f'{rate} Hz, {channels} channels, {8 * width} bits')
     data = data[: len(data) // (width * channels) * width * channels]  # a file that was cut off ends anywhere

@@ -1,5 +1,7 @@
 """Texts made from the table of weights: the model table of the documents, and a card for each model on the Hub."""
 
+import json
+import re
 from typing import Any, Dict, List, NamedTuple, Optional
 
 from timm.models import split_model_name_tag
@@ -208,7 +210,15 @@ def _pipeline_tag(tag: str) -> str:
 
 def _metadata(architecture: str, tag: str, license: str, known: bool) -> List[str]:
     task = _pipeline_tag(tag)
-    lines = ['---', f'license: {license}', 'library_name: timm', f'pipeline_tag: {task}', 'tags:']
+    # quoted where YAML would read something else
+    plain = re.fullmatch(r'[\w.+-]+', license)
+    lines = [
+        '---',
+        f'license: {license if plain else json.dumps(license)}',
+        'library_name: timm',
+        f'pipeline_tag: {task}',
+        'tags:',
+    ]
     lines += [f'- {t}' for t in (task, 'timm', 'timm_smpconv', architecture.partition('_')[0])]
     if tag in _DATASETS and known:
         lines += ['datasets:', f'- {_DATASETS[tag]}']

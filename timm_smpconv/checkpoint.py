@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import pickle
+import re
 import threading
 import zipfile
 from pathlib import Path
@@ -40,6 +41,7 @@ __all__ = [
     'fit_checkpoint',
     'read_checkpoint',
     'records_settings',
+    'state_dict_of',
 ]
 
 WEIGHTS_FILE, DEPLOYED_FILE = 'model.safetensors', 'deployed.safetensors'  # of a folder for the Hub
@@ -84,6 +86,10 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
         raise CheckpointError(f'Cannot read {path}: {e.strerror or e}. Expected a checkpoint file.') from e
     if safe:
         try:
+            str(path).encode()
+        except UnicodeEncodeError as e:  # which safetensors takes for a damaged file
+            raise CheckpointError(f'{path} has a name that is no UTF-8: move or rename it.') from e
+        try:
             tensors = dict(load_file(path))
         except (SafetensorError, ValueError, OSError, RuntimeError) as e:
             raise CheckpointError(f'{path} is a damaged safetensors file ({one_line(e)}): fetch it again.') from e
@@ -104,9 +110,11 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
                 with path.open('rb') as f:
                     checkpoint = torch.load(f, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
+        refused = re.search(r'GLOBAL (\S+)', str(e))  # in the midst of advice that does not help here
         raise CheckpointError(
             f'{path} holds more than tensors and plain values, or is damaged or no checkpoint: it is not unpickled, '
-            f'because that could run code ({one_line(e)}). Expected safetensors, or a state dict saved by torch.save.'
+            f'because that could run code ({f"it names {refused[1]}" if refused else one_line(e)}). Expected '
+            f'safetensors, or a state dict saved by torch.save.'
         ) from e
     except Exception as e:  # the parsers of torch fail in any way on damaged files
         raise CheckpointError(
@@ -144,7 +152,7 @@ def fit_checkpoint(
         CheckpointError: It is of another network; the message lists the differences.
     """
     check_architecture(checkpoint, _name(model), what)
-    state_dict = _state_dict(checkpoint, what)
+    state_dict = state_dict_of(checkpoint, what)
     try:
         state_dict = model.convert_checkpoint(state_dict)
         state_dict = adapt(state_dict) if adapt else state_dict
@@ -210,17 +218,21 @@ def differences(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> List[s
 
 
 def carried_settings(
-    path: Path, channels: Optional[int] = None, checkpoint: Optional[Dict[str, Any]] = None
+    path: Path,
+    channels: Optional[int] = None,
+    checkpoint: Optional[Dict[str, Any]] = None,
+    beside: bool = True,
 ) -> Dict[str, Tuple[float, ...]]:
     """What a file of weights says of the input it was trained on.
 
-    `timm-smpconv train` writes it into weights and checkpoint; the weights in a folder for the Hub have a config.json
-    beside them; the bundled weights are known by their values.
+    `timm-smpconv train` and `convert` write it into weights and checkpoint; the weights in a folder for the Hub have a
+    config.json beside them; the bundled weights are known by their values.
 
     Args:
         path: File of weights, of any format.
         channels: Channels of the input; None if not known.
         checkpoint: What `read_checkpoint` has read of it already.
+        beside: Look for a config.json beside it. The cache of the Hub has one only if somebody has asked for it.
 
     Returns:
         `mean` and `std` (one number for each channel, or one for all) and `input_size`, as far as they are known.
@@ -231,7 +243,7 @@ def carried_settings(
     try:
         carried = _recorded(path, checkpoint)
         if not carried.keys() & set(_SETTINGS):
-            carried = _beside(path) or _of_the_table(path, checkpoint)
+            carried = (_beside(path) if beside else {}) or _of_the_table(path, checkpoint)
         found = {key: tuple(carried[key]) for key in _SETTINGS if key in carried}
         numbers = {key: tuple(float(v) for v in values) for key, values in found.items() if key != 'input_size'}
     except (TypeError, ValueError, RecursionError, SafetensorError, OSError):  # written by somebody else
@@ -295,7 +307,7 @@ def _table_name(path: Path, checkpoint: Optional[Dict[str, Any]]) -> Optional[st
     found = next((name for name in alike if WEIGHTS[name].sha256 == sha256), None)
     if found is None:
         try:
-            state_dict = _state_dict(read_checkpoint(path) if checkpoint is None else checkpoint, str(path))
+            state_dict = state_dict_of(read_checkpoint(path) if checkpoint is None else checkpoint, str(path))
         except CheckpointError:  # whoever loads it says more
             return None
         found = next((name for name in WEIGHTS if _is_bundled(state_dict, name)), None)
@@ -358,7 +370,16 @@ def _check_archive(path: Path) -> None:
         raise CheckpointError(f'{path} is compressed, which torch.save does not do: refused, unpack it yourself.')
 
 
-def _state_dict(checkpoint: Dict[str, Any], what: str) -> Dict[str, torch.Tensor]:
+def state_dict_of(checkpoint: Dict[str, Any], what: str) -> Dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, in its own layout.
+
+    Args:
+        checkpoint: State dict, possibly nested in a training checkpoint, of which the average of the weights is taken.
+        what: Name of the checkpoint for messages.
+
+    Raises:
+        CheckpointError: There is none, or something else than dense tensors in it.
+    """
     try:
         state_dict = unwrap_checkpoint(checkpoint)
     except RecursionError as e:

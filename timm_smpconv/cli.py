@@ -16,6 +16,7 @@ from timm.models import parse_model_name
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ._text import one_line
 from .catalog import ModelInfo, check_known, describe_models
 from .confusion import MAX_CLASSES, draw_confusion
 from .convert import convert
@@ -34,6 +35,7 @@ __all__ = ['main']
 _PROG = 'timm-smpconv'
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 _DEFAULT_MODEL = 'smpconv_seq_mnist'
+_MAX_THREADS = 1024
 _TAKERS = {'opt_kwargs': 'optimizer', 'model_kwargs': 'model'}
 _NUMBERS = ('params', 'GMACs', 'measured', 'paper')  # columns of `list` that are aligned to the right
 
@@ -47,7 +49,8 @@ def _user_errors(*types: type, join: bool = True) -> Iterator[None]:
     try:
         yield
     except types as e:
-        raise _CommandError(_one_line(str(e)) if join else str(e)) from e
+        text = str(e) or type(e).__name__
+        raise _CommandError(_one_line(text) if join else text) from e
 
 
 @contextlib.contextmanager
@@ -101,8 +104,17 @@ def _main(argv: Optional[Sequence[str]]) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()
         return _FAILED
+    except OSError as e:  # a full disk, for one
+        _complain(f'cannot write its output: {one_line(e)}.')
+        _give_up_output()
+        return _USAGE
+
+
+def _give_up_output() -> None:
+    """Lets Python write to nowhere what it could not write, as it tries once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(message: str) -> None:
@@ -201,7 +213,7 @@ def _add_train(commands: Any) -> None:
     _add_data_dir(command, "what 'timm-smpconv data' made")
     command.add_argument('--output', required=True, metavar='DIR', help='folder for checkpoint, log and weights')
     command.add_argument('--config', metavar='FILE', help='recipe as YAML; the options below override its fields')
-    command.add_argument('--threads', type=_positive, metavar='N', help='CPU threads')
+    command.add_argument('--threads', type=_threads, metavar='N', help='CPU threads')
     command.add_argument('--device', default='cpu', help='default: cpu')
     command.add_argument(
         '--recovery-interval',
@@ -276,7 +288,7 @@ def _add_data_dir(command: argparse.ArgumentParser, text: str) -> None:
 def _keywords(text: str) -> Dict[str, Any]:
     try:
         keywords = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         keywords = None
     if not isinstance(keywords, dict):
         raise argparse.ArgumentTypeError(f'expected a JSON object such as {{"dim": 16}}, got {text!r}')
@@ -284,9 +296,16 @@ def _keywords(text: str) -> Dict[str, Any]:
 
 
 def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f'expected a positive whole number, got {text!r}')
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text)):
+        raise argparse.ArgumentTypeError(f'expected a positive whole number, got {text[:20]!r}')
     return int(text)
+
+
+def _threads(text: str) -> int:
+    threads = _positive(text)
+    if threads > _MAX_THREADS:
+        raise argparse.ArgumentTypeError(f'expected at most {_MAX_THREADS} threads, got {threads}')
+    return threads
 
 
 def _predict(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
+from timm.models import split_model_name_tag
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
@@ -30,11 +32,12 @@ from .checkpoint import (
     fit_checkpoint,
     read_checkpoint,
 )
+from .classes import CLASS_NAMES
 from .models._base import LargeKernelNet
 from .tasks import task_of
 from .weights import WEIGHTS
 
-__all__ = ['FILES', 'TENSORS_FILE', 'Converted', 'config_text', 'convert']
+__all__ = ['FILES', 'TENSORS_FILE', 'Converted', 'check_network_args', 'config_text', 'convert', 'name_classes']
 
 _logger = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class Converted:
         name: `model.tag`.
         folder: Hub-ready folder, if one was asked for.
         installed: File in the local store, if that was asked for.
-        sha256: Hash of model.safetensors in the folder; of the installed file if there is no folder.
+        sha256: Hash of the weights, in the folder and installed.
     """
 
     name: str
@@ -101,7 +104,7 @@ def convert(
         WeightsError: The store cannot be written.
     """
     check_known(name)
-    model_kwargs = dict(model_kwargs or {})
+    model_kwargs = {key: value for key, value in (model_kwargs or {}).items() if value is not None}  # as timm does
     if out is None and not install:
         raise ValueError('Nothing to do: expected a folder (out), install=True, or both.')
     if out is None and (deployed or overwrite or license or label_names):
@@ -115,7 +118,7 @@ def convert(
         )
     file = Path(file)
     if out is not None:
-        out = Path(os.path.abspath(out))
+        out = Path(os.path.realpath(out))
         _check_replaceable(out, file, overwrite)
     checkpoint = read_checkpoint(file)
     if not use_ema:
@@ -124,8 +127,7 @@ def convert(
         model = timm.create_model(name, **model_kwargs).eval()
     except (TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f'Cannot build {name} with {model_kwargs}: {e}') from e
-    if not isinstance(model, LargeKernelNet):
-        raise ValueError(f'Cannot convert {name} with {model_kwargs}: expected arguments of the network itself.')
+    check_network_args(model, model_kwargs)
     model.load_state_dict(fit_checkpoint(checkpoint, model, str(file)))
     carried = carried_settings(file, model.in_chans, checkpoint)
     size = _describe_input(model)
@@ -158,15 +160,18 @@ def convert(
         sha256 = store.file_sha256(weights)
         known = name in WEIGHTS and sha256 == WEIGHTS[name].sha256
         origin = sorted({*ancestors(file, checkpoint), *([name] if known else [])})
-        said: Dict[str, Any] = dict(ancestors=origin) if origin else {}
+        # in the store, and on the Hub for other names than its own, there is no config.json beside them
+        said: Dict[str, Any] = {**carried, **(dict(ancestors=origin) if origin else {})}
+        if said and not known:
+            save_tensors(weights, model.state_dict(), said)
+            sha256 = store.file_sha256(weights)
         # the licence and the data of the table are those of the weights in it
         cfg = model.pretrained_cfg
         cfg['license'] = license or (cfg['license'] if known else None)
         cfg['description'] = cfg['description'] if known else None
+        if known and not label_names:
+            name_classes(model, name)
         if out is not None:
-            if said and not known:
-                save_tensors(weights, model.state_dict(), said)
-                sha256 = store.file_sha256(weights)
             provenance = f'Converted from `{file.name}` (sha256 `{source_sha256}`).'
             card = model_card(name, model, provenance, known, deployed, model_kwargs, license)
             unknown = bool(task and task.stepwise and not carried)
@@ -180,12 +185,37 @@ def convert(
                 write_text(folder / 'README.md', card)
         installed = None
         if install:
-            if (carried or said) and not known:  # beside it there is no config.json
-                save_tensors(weights, model.state_dict(), {**carried, **said})
-                sha256 = sha256 if out else store.file_sha256(weights)
             with store.lock(name):
                 installed = store.install(name, weights, file.name, source_sha256, by_hand=True)
     return Converted(name, out, installed, sha256)
+
+
+def check_network_args(model: nn.Module, model_kwargs: Dict[str, Any]) -> None:
+    """Checks that a network was made with arguments that a configuration, config.json, can hold and timm pass on.
+
+    Args:
+        model: What timm has made.
+        model_kwargs: Arguments that it was given.
+
+    Raises:
+        ValueError: It is no network of this package, or an argument is not of the network itself.
+    """
+    if not isinstance(model, LargeKernelNet):
+        raise ValueError(f'model_kwargs={model_kwargs!r} make something else of the network.')
+    allowed = {*inspect.signature(type(model)).parameters, *getattr(model, '_traits', {})} - {'device', 'dtype'}
+    others = [key for key in model_kwargs if key not in allowed]
+    if others:
+        raise ValueError(
+            f'model_kwargs={model_kwargs!r} are not of the network itself ({", ".join(others)}): expected some of '
+            f'{", ".join(sorted(allowed))}.'
+        )
+
+
+def name_classes(model: nn.Module, name: str) -> None:
+    """Puts the names of their classes into the configuration of weights of this package, for transformers to show."""
+    names = CLASS_NAMES.get(split_model_name_tag(name)[1], ())
+    if len(names) == model.num_classes:
+        model.pretrained_cfg['label_names'] = list(names)
 
 
 def _describe_input(model: LargeKernelNet) -> Tuple[int, ...]:
@@ -201,11 +231,13 @@ def _describe_input(model: LargeKernelNet) -> Tuple[int, ...]:
 
 def _check_replaceable(out: Path, file: Path, overwrite: bool) -> None:
     """Checks that a folder can be made, or replaced without a loss."""
-    if not out.exists():
+    if not os.path.lexists(out):
         return
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f'{out} is a file, and not overwritten: choose another name for the folder.')
     if not overwrite:
         raise FileExistsError(f'{out} exists: choose another folder, or overwrite it.')
-    found = [path.relative_to(out).as_posix() for path in out.rglob('*') if not path.is_dir()] if out.is_dir() else ['']
+    found = [path.relative_to(out).as_posix() for path in out.rglob('*') if not path.is_dir()]
     others = sorted(set(found) - {*FILES, DEPLOYED_FILE})
     if others or file.resolve().is_relative_to(out.resolve()):
         raise FileExistsError(
@@ -253,6 +285,9 @@ def config_text(model: nn.Module, model_kwargs: Dict[str, Any], unknown_normalis
         save_config_for_hf(model, Path(folder) / 'config.json')
         config = json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8'))
     # nothing but the differences; num_classes has a place of its own, and transformers passes it too
+    names = config['pretrained_cfg'].pop('label_names', None)
+    if names:  # where transformers looks for them
+        config['label_names'] = names
     config['model_args'] = {key: value for key, value in model_kwargs.items() if key != 'num_classes'}
     if unknown_normalisation:
         config[NOT_NORMALISED_BY_US] = True

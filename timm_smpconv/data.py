@@ -33,6 +33,7 @@ from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 from ._files import save_tensors
+from ._text import one_line
 from .audio import RATE, decode_sound
 from .classes import CHARACTERS, CIFAR10, SPEECH_WORDS
 from .download import DownloadError, download
@@ -73,6 +74,7 @@ _TRAJECTORY_COUNTS = dict(train=1422, test=1436)
 _RECORDING = re.compile(r'(?:.*/)?([a-z]+)/([^/]+)_nohash_(\d+)\.(wav|flac)')
 _CIFAR10_IMAGE = re.compile(r'(?:.*/)?(train|test)/([a-z]+)/([^/\\:]+)\.(png|jpg|jpeg)')
 _BROKEN_ARCHIVE = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError)
+_UNREADABLE_ZIP = (RuntimeError, NotImplementedError)  # encrypted, or packed in a way of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,9 +322,7 @@ def _make_cifar10(target: Path, files: List[Path], downloads: Path, progress: bo
             match = _CIFAR10_IMAGE.fullmatch(name)
             if match and match[2] in CIFAR10:
                 content = read()
-                with Image.open(io.BytesIO(content)) as image:
-                    if image.size != (32, 32):
-                        raise ValueError(f'{name} in {file} is {image.size[0]} x {image.size[1]}, expected 32 x 32.')
+                _check_image(content, f'{name} in {file}')
                 (target / match[1] / match[2] / f'{match[3]}.{match[4]}').write_bytes(content)
                 counts[match[1]] += 1
             elif re.fullmatch(r'(data_batch_\d|test_batch)\.bin', base):
@@ -340,6 +340,18 @@ def _make_cifar10(target: Path, files: List[Path], downloads: Path, progress: bo
             f'{", ".join(CIFAR10)}), found {counts["train"]} and {counts["test"]}.'
         )
     return counts
+
+
+def _check_image(content: bytes, what: str) -> None:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            size = image.size
+            if size == (32, 32):
+                image.load()
+    except Exception as e:  # Pillow fails in any way on damaged images
+        raise ValueError(f'{what} is no readable image ({one_line(e)}).') from e
+    if size != (32, 32):
+        raise ValueError(f'{what} is {size[0]} x {size[1]}, expected 32 x 32.')
 
 
 def _write_records(content: bytes, folder: Path, start: int, name: str) -> int:
@@ -433,7 +445,7 @@ def _read_recordings(file: Path, progress: bool) -> Tuple[Dict[Tuple[str, str, i
     listed = None
     for name, read in _members(file, progress):
         if PurePosixPath(name).name == 'testing_list.txt':
-            listed = set(read().decode().split())
+            listed = set(read().decode(errors='replace').split())
         match = _RECORDING.fullmatch(name)
         if match and match[1] in SPEECH_WORDS:
             samples = _decode(read(), f'{name} in {file}')[:RATE]
@@ -482,13 +494,20 @@ def _load(
     try:
         tensors = load_file(path)
     except SafetensorError as e:
-        raise ValueError(f'{path} is not a readable safetensors file ({e}).') from e
+        raise ValueError(f'{path} is not a readable safetensors file ({one_line(e)}).') from e
     if {key: tuple(value.shape[1:]) for key, value in tensors.items()} != shapes:
         raise ValueError(f'{path} is not what "timm-smpconv data {name}" writes: delete its folder and make it again.')
     return tensors
 
 
 # Character trajectories
+
+
+def _read_zipped(archive: zipfile.ZipFile, name: str) -> bytes:
+    try:
+        return archive.read(name)
+    except _UNREADABLE_ZIP as e:
+        raise ValueError(f'{name} in {archive.filename} cannot be read ({one_line(e)}).') from e
 
 
 def _make_trajectories(target: Path, files: List[Path], downloads: Path, progress: bool) -> Dict[str, int]:
@@ -500,7 +519,7 @@ def _make_trajectories(target: Path, files: List[Path], downloads: Path, progres
             with _readable(file), zipfile.ZipFile(file) as archive:
                 for name in archive.namelist():
                     if name.endswith('.ts'):
-                        texts[PurePosixPath(name).name] = archive.read(name).decode(errors='replace')
+                        texts[PurePosixPath(name).name] = _read_zipped(archive, name).decode(errors='replace')
         elif file.suffix == '.ts':
             texts[file.name] = file.read_text(errors='replace')
     counts = {}

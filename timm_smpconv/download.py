@@ -86,9 +86,18 @@ def _continue_download(url: str, path: Path, what: str, progress: bool) -> Optio
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             if response.headers.get_content_type() == 'text/html':
                 return _answer_form(response.read(1 << 20).decode('utf-8', 'replace'), response.url)
-            resumed = response.status == 206 and _range_start(response.headers.get('Content-Range')) == have
+            resumed = response.status == 206
+            start, total = _range(response.headers.get('Content-Range')) if resumed else (0, None)
+            if resumed and start != have:
+                path.unlink(missing_ok=True)
+                version.unlink(missing_ok=True)
+                raise DownloadError(
+                    'the server sent another part of the file than it was asked for; what had arrived is thrown away, '
+                    'call again to start over.'
+                )
             length = response.headers.get('Content-Length')
-            total = int(length) + (have if resumed else 0) if length and length.isdigit() else None
+            if total is None and length and length.isdigit():
+                total = int(length) + (have if resumed else 0)
             if (total or 0) > _MAX_SIZE:
                 raise DownloadError(f'the file has {total} bytes, more than the {_MAX_SIZE} that any should have.')
             if not resumed:
@@ -136,7 +145,7 @@ def _receive(
         tqdm(total=total, initial=have, unit='B', unit_scale=True, desc=what, disable=None if what else True) as bar,
         path.open('ab') as f,
     ):
-        while block := response.read(_BLOCK):
+        while block := _read(response):
             f.write(block)
             have += len(block)
             bar.update(len(block))
@@ -144,6 +153,13 @@ def _receive(
                 raise DownloadError(f'more than {_MAX_SIZE} bytes came: no file should be that large.')
     if total is not None and have < total:
         raise _Broken(f'the connection ended after {have} of {total} bytes')
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    try:
+        return response.read(_BLOCK)
+    except (http.client.HTTPException, OSError) as e:  # of the connection: no route any more, a broken encryption
+        raise _Broken(f'the connection broke off ({one_line(e)})') from e
 
 
 def _version_path(path: Path) -> Path:
@@ -160,10 +176,11 @@ def _can_go_on(path: Path) -> bool:
     return bool(text) and text.isprintable()
 
 
-def _range_start(content_range: Optional[str]) -> Optional[int]:
-    """First byte of a `Content-Range: bytes 100-199/200`."""
-    start = (content_range or '').removeprefix('bytes ').partition('-')[0]
-    return int(start) if start.isdigit() else None
+def _range(content_range: Optional[str]) -> Tuple[Optional[int], Optional[int]]:
+    """First byte, and length of the whole file, of a `Content-Range: bytes 100-199/200`."""
+    start, _, rest = (content_range or '').removeprefix('bytes ').partition('-')
+    total = rest.partition('/')[2]
+    return tuple(int(number) if number.isdigit() else None for number in (start, total))
 
 
 class _Form(html.parser.HTMLParser):

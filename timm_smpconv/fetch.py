@@ -33,9 +33,8 @@ from . import store
 from ._files import save_tensors
 from ._text import one_line, without_password
 from .catalog import full_name, weights_names
-from .checkpoint import FLOATS, WEIGHTS_FILE, CheckpointError, fit_checkpoint, read_checkpoint
+from .checkpoint import FLOATS, WEIGHTS_FILE, CheckpointError, fit_checkpoint, read_checkpoint, state_dict_of
 from .download import TIMEOUT, DownloadError, download
-from .layout import unwrap_checkpoint
 from .weights import WEIGHTS, WeightsError, bundled_path, hub_repo
 
 __all__ = ['from_hub', 'hub_cause', 'hub_file', 'locate', 'weights_file']
@@ -67,6 +66,9 @@ def locate(name: str, cfg: Dict[str, Any], cache_dir: Optional[Union[str, Path]]
         WeightsError: There are no weights; names the model, all sources, their causes and the remedy.
     """
     source, file = cfg.get('source') or '', cfg.get('file')
+    for needed, key in (('local-dir', 'file'), ('hf-hub', 'hf_hub_id')):
+        if source == needed and not cfg.get(key):
+            raise WeightsError(f'Cannot load {name}: the configuration has source={source!r}, and no {key}.')
     if source == 'local-dir':
         return _from_folder(name, Path(file))
     if source == 'hf-hub' or (cfg.get('hf_hub_id') and not file and not cfg.get('state_dict')):
@@ -434,14 +436,11 @@ def _check_readable(path: Path) -> None:
     """Checks what can be checked of a file without knowing its network."""
     if path.suffix in ('.safetensors', '.bin', '.pth', '.pt'):
         try:
-            values = unwrap_checkpoint(read_checkpoint(path))
+            values = state_dict_of(read_checkpoint(path), path.name)
         except CheckpointError as e:
             raise _Unavailable(str(e)) from e
-        except (AttributeError, RecursionError) as e:
-            raise _Unavailable(f'{path.name} holds no state dict ({one_line(e)}).') from e
         for key, value in values.items():
-            dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested
-            if dense and value.dtype in FLOATS and not torch.isfinite(value).all():
+            if value.dtype in FLOATS and not torch.isfinite(value).all():
                 raise _Unavailable(f'{path.name} has values in {key} that are not finite.')
     elif path.suffix == '.json':
         try:

@@ -17,9 +17,9 @@ _EMPTY_BUFFERS = ('kernel_coord', 'train_length', 'conv_kernel')
 
 def unwrap_checkpoint(checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
     """The state dict inside a checkpoint, without the prefixes of wrappers (DDP, torch.compile, EMA)."""
-    for key in _NESTED:
-        if isinstance(checkpoint.get(key), dict):
-            return unwrap_checkpoint(checkpoint[key])
+    nested = [checkpoint[key] for key in _NESTED if isinstance(checkpoint.get(key), dict)]
+    if nested:  # an average that has not begun is empty
+        return unwrap_checkpoint(next((inner for inner in nested if inner), nested[0]))
     state_dict = {}
     for key, value in checkpoint.items():
         while key.startswith(_PREFIXES):

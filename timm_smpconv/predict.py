@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
@@ -215,7 +216,7 @@ def load_image(path: Union[str, Path], channels: int = 3, background: int = 255,
         warnings.simplefilter('ignore')
         with Image.open(path) as file:
             file.load()
-            image = _to_8_bits(ImageOps.exif_transpose(file))
+            image = _to_8_bits(_upright(file))
     if image.mode == 'La':  # premultiplied: Pillow converts it to LA alone
         image = image.convert('LA')
     if image.mode in ('LA', 'PA', 'RGBA', 'RGBa') or 'transparency' in image.info:
@@ -223,6 +224,13 @@ def load_image(path: Union[str, Path], channels: int = 3, background: int = 255,
         image = Image.alpha_composite(Image.new('RGBA', image.size, (background,) * 3 + (255,)), image)
     image = image.convert('L' if channels == 1 else 'RGB')
     return ImageOps.invert(image) if invert else image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # metadata that is damaged does not damage the image; Pillow fails in any way on it
+        return image
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -239,7 +247,11 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
         highest = values.max(initial=0.0)
         usual = (1.0, 255.0, 65535.0) if image.mode == 'F' else (255.0, 65535.0)
         white = next((value for value in usual if highest <= value), highest)
-    return Image.fromarray((values.clip(0.0, white) / white * 255).round().astype(np.uint8))
+    grey = Image.fromarray((values.clip(0.0, white) / white * 255).round().astype(np.uint8))
+    hidden = image.info.get('transparency')  # the value of transparent pixels
+    if hidden is None:
+        return grey
+    return Image.merge('LA', (grey, Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8))))
 
 
 def _limit_aspect(image: Image.Image) -> Image.Image:
@@ -302,10 +314,10 @@ def predict_files(
             probabilities, indices = model(torch.stack(inputs)).softmax(1).topk(min(topk, len(names)))
             readable = zip(probabilities.tolist(), indices.tolist())
         for i, file in enumerate(chunk):
-            if i in errors:
-                yield FileResult(file, [], errors[i])
-            else:
-                yield FileResult(file, [Prediction(names[j], j, p) for p, j in zip(*next(readable))])
+            found = [] if i in errors else [Prediction(names[j], j, p) for p, j in zip(*next(readable))]
+            if any(math.isnan(prediction.probability) for prediction in found):
+                found, errors[i] = [], 'The outputs of the network are not finite: its weights are damaged.'
+            yield FileResult(file, found, errors.get(i))
 
 
 def _one_line(error: Exception) -> str:

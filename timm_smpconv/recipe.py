@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any, Dict
 
@@ -128,7 +129,7 @@ class Recipe:
             ('seed', 0, 2**63 - 1),
         ):
             value = getattr(self, name)
-            if not math.isfinite(value) or value < low or (high is not None and value > high):
+            if not low <= value <= (sys.float_info.max if high is None else high):
                 limits = f'at least {low}' if high is None else f'from {low} to {high}'
                 raise ValueError(f'{name} must be {limits}, got {value!r}.')
         if self.warmup_prefix and self.warmup_epochs >= self.epochs:
@@ -147,8 +148,12 @@ class Recipe:
             raise ValueError('initial_sample_rate is that of the network in initial_checkpoint: give that too.')
         if self.erase_size != Recipe.erase_size and not self.augment:
             raise ValueError('erase_size is of the squares that augment erases: leave one of them as it is.')
-        if self.masks != Recipe.masks and not (self.time_mask or self.freq_mask):
-            raise ValueError('masks is the number of masks of time_mask and freq_mask: give one of these too.')
+        if (self.masks > 1 and not (self.time_mask or self.freq_mask)) or (
+            self.masks == 0 and (self.time_mask or self.freq_mask)
+        ):
+            raise ValueError('masks is the number of masks of time_mask and freq_mask: give all of them, or none.')
+        if self.kd_model_name and self.task_loss_weight == 1:
+            raise ValueError('task_loss_weight=1 leaves nothing to learn from kd_model_name: leave out that.')
         if self.task_loss_weight != Recipe.task_loss_weight and not self.kd_model_name:
             raise ValueError('task_loss_weight is the share of the labels beside kd_model_name: give that too.')
 
@@ -166,9 +171,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    'tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$'), list('-+.0123456789')
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that `_Loader` would read as numbers."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        'tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$'), list('-+.0123456789')
+    )
 
 
 def field_texts() -> Dict[str, str]:
@@ -186,8 +196,10 @@ def read_fields(path: Path) -> Dict[str, Any]:
     """
     try:
         fields = yaml.load(path.read_text(encoding='utf-8'), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ValueError(f'{path} is not YAML: {e}.') from e
+    except OSError:
+        raise
+    except Exception as e:  # tags and dates with wrong values make the parser raise almost anything
+        raise ValueError(f'{path} is not YAML: {str(e) or type(e).__name__}.') from e
     if not isinstance(fields, dict):
         raise ValueError(f'{path} must hold the fields of a recipe.')
     return fields
@@ -221,9 +233,10 @@ def read_recipe(path: Path) -> Dict[str, Any]:
 
 def recipe_text(recipe: Recipe) -> str:
     """A recipe with all its fields as YAML."""
-    return yaml.safe_dump(dataclasses.asdict(recipe), default_flow_style=None, sort_keys=False, width=math.inf)
+    fields = dataclasses.asdict(recipe)
+    return yaml.dump(fields, Dumper=_Dumper, default_flow_style=None, sort_keys=False, width=math.inf)
 
 
 def same_recipe(one: Recipe, other: Recipe) -> bool:
     """Whether two recipes are the same as YAML, which has no tuples."""
-    return yaml.safe_load(recipe_text(one)) == yaml.safe_load(recipe_text(other))
+    return yaml.load(recipe_text(one), _Loader) == yaml.load(recipe_text(other), _Loader)

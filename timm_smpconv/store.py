@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Iterator, Optional, Union
 
 from huggingface_hub.utils import WeakFileLock
+from timm.models import split_model_name_tag
 
 from ._files import atomic_path, write_text
 from .weights import WeightsError
@@ -114,13 +115,17 @@ def find(name: str, by_hand: bool = False) -> Optional[Path]:
     Args:
         name: `model.tag`.
         by_hand: Look for weights that the user chose, and for no others.
+
+    Raises:
+        WeightsError: Weights that the user chose are damaged or gone: others must not take their place unnoticed.
     """
     try:
         folder = _folder(name)
     except WeightsError:
         return None
+    entry: Optional[Entry] = None
     try:
-        entry = Entry(**json.loads((folder / _ENTRY).read_text(encoding='utf-8')))
+        entry = _read_entry(folder)
         path = folder / entry.file
         if path.parent != folder or Path(entry.file).name != entry.file:
             raise ValueError(f'{entry.file!r} is no file name')
@@ -128,6 +133,12 @@ def find(name: str, by_hand: bool = False) -> Optional[Path]:
             return None
         intact = path.stat().st_size == entry.size and file_sha256(path) == entry.sha256
     except FileNotFoundError:
+        if entry is None:
+            return None
+        if _read_entry(folder) != entry:  # others were installed in the meantime
+            return find(name, by_hand)
+        if entry.by_hand is True:
+            raise _lost(name, folder, f'{path} is gone') from None
         return None
     except OSError as e:  # of another user, or a failure that may pass
         _logger.warning('%s in the store cannot be read (%s): not used.', name, e)
@@ -137,9 +148,24 @@ def find(name: str, by_hand: bool = False) -> Optional[Path]:
         _logger.warning('The entry of %s in the store cannot be read (%s): set aside as %s.', name, e, aside)
         return None
     if not intact:
-        _logger.warning('%s is damaged: set aside as %s.', path, set_aside(path))
+        aside = set_aside(path)
+        if entry.by_hand is True:
+            raise _lost(name, folder, f'{path} is damaged, and was set aside as {aside.name}')
+        _logger.warning('%s is damaged: set aside as %s.', path, aside)
         return None
     return path
+
+
+def _read_entry(folder: Path) -> Entry:
+    return Entry(**json.loads((folder / _ENTRY).read_text(encoding='utf-8')))
+
+
+def _lost(name: str, folder: Path, what: str) -> WeightsError:
+    model = split_model_name_tag(name)[0]
+    return WeightsError(
+        f'Cannot load the weights {name} that were installed by hand: {what}. Install them again (timm-smpconv convert '
+        f'FILE --model {model} --install), or delete {folder} to go back to those that the package finds.'
+    )
 
 
 def install(name: str, weights: Path, source: str, source_sha256: str, by_hand: bool = False) -> Path:
@@ -167,6 +193,9 @@ def install(name: str, weights: Path, source: str, source_sha256: str, by_hand: 
         with atomic_path(path) as part:
             shutil.copyfile(weights, part)
         write_text(folder / _ENTRY, json.dumps(dataclasses.asdict(entry), indent=2) + '\n')
+        for old in folder.glob('*.safetensors'):  # hundreds of megabytes each
+            if old != path:
+                old.unlink(missing_ok=True)
     except OSError as e:
         raise _unwritable(name, folder, e) from e
     return path

@@ -155,8 +155,8 @@ def mask_spectrogram(spectrogram: torch.Tensor, recipe: Recipe, generator: torch
         shape = (len(spectrogram), 1, 1)
         steps = torch.arange(size).reshape((1, -1, 1) if dim == 1 else (1, 1, -1))
         for _ in range(recipe.masks):
-            width = torch.rand(shape, generator=generator) * min(widest, size)
-            start = torch.rand(shape, generator=generator) * (size - width)
+            width = (torch.rand(shape, generator=generator) * (min(widest, size) + 1)).floor()
+            start = (torch.rand(shape, generator=generator) * (size - width + 1)).floor()
             spectrogram = torch.where((steps >= start) & (steps < start + width), mean, spectrogram)
     return spectrogram
 

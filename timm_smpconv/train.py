@@ -26,13 +26,13 @@ from torch import nn
 from tqdm import tqdm
 
 from ._files import atomic_path, save_tensors, write_rows, write_text
+from ._text import one_line
 from .audio import RATE
 from .checkpoint import WEIGHTS_FILE, ancestors, carried_settings, check_architecture, fit_checkpoint, read_checkpoint
-from .convert import config_text
+from .convert import check_network_args, config_text
 from .data import Samples
 from .factory import create_model
 from .fetch import weights_file
-from .models._base import LargeKernelNet
 from .models.smpconv_seq import change_rate
 from .predict import check_inputs
 from .recipe import Recipe, read_recipe, recipe_text, same_recipe
@@ -45,6 +45,7 @@ __all__ = ['check_trainable', 'train']
 _logger = logging.getLogger(__name__)
 
 _CHECKPOINT_VERSION = 5
+_OF_A_STEP = ('opt', 'lr', 'weight_decay', 'opt_kwargs', 'model_kwargs', 'batch_size')  # fields that one may fail by
 _RECOVERY_SECONDS = 300  # steps of the longest sequences take most of a minute
 
 
@@ -91,11 +92,11 @@ def _blaming(**fields: Any) -> Iterator[None]:
     """Turns the error of arguments that nothing takes, or that weights do not fit, into one that names their fields."""
     try:
         yield
-    except WeightsError:
+    except (WeightsError, FloatingPointError):
         raise
-    except (TypeError, IndexError, RuntimeError) as e:
+    except Exception as e:  # optimizers and networks raise almost anything
         values = ', '.join(f'{name}={value!r}' for name, value in fields.items())
-        raise ValueError(f'{values} cannot work: {e}') from e
+        raise ValueError(f'{values} cannot work: {one_line(e)}') from e
 
 
 class _Teacher:
@@ -153,6 +154,7 @@ class _Run:
             self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay, use_warmup=True)
         self._create_optimizer()
         self.step = 0  # complete ones
+        self.has_stepped = False  # in this process
         self.loss_sum, self.hits, self.seconds = 0.0, 0, 0.0  # of the epoch
         self.rows: List[Dict[str, str]] = []  # of the log
         self.saved_at = time.monotonic()
@@ -179,8 +181,7 @@ class _Run:
                 input_drop_rate=recipe.input_drop_rate,
                 **recipe.model_kwargs,
             )
-        if not isinstance(model, LargeKernelNet):
-            raise ValueError(f'model_kwargs={recipe.model_kwargs!r} are not of the network itself.')
+        check_network_args(model, recipe.model_kwargs)
         return model
 
     def _load_start(self, task: Task) -> Dict[str, Any]:
@@ -241,6 +242,11 @@ class _Run:
         return self.ema.module if self.ema else self.model
 
     @property
+    def recipe_path(self) -> Path:
+        """File that says of which recipe the checkpoint is."""
+        return self.output / 'recipe.yaml'
+
+    @property
     def _checkpoint_path(self) -> Path:
         return self.output / 'checkpoint.pt'
 
@@ -291,6 +297,8 @@ class _Run:
             std=self.std,
             input_size=self.model.pretrained_cfg['input_size'],
         )
+        if not self.recipe_path.exists():  # not before: another recipe may take the place of one that fails
+            write_text(self.recipe_path, recipe_text(self.recipe))
         with atomic_path(self._checkpoint_path) as part:
             try:
                 torch.save(checkpoint, part)
@@ -311,14 +319,18 @@ class _Run:
         """One update from normalised inputs and class indices or probabilities; `labels` are for the accuracy."""
         recipe = self.recipe
         self.scheduler.step_update(self.step)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=recipe.amp):
-            logits = self.model(x)
-            loss = F.cross_entropy(logits, target, label_smoothing=recipe.smoothing)
-        self.optimizer.zero_grad()
-        loss.backward()
-        if recipe.clip_grad:
-            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
-        self.optimizer.step()
+        # a later step can only fail by something else
+        suspects = {} if self.has_stepped else {name: getattr(recipe, name) for name in _OF_A_STEP}
+        with _blaming(**suspects) if suspects else contextlib.nullcontext():
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=recipe.amp):
+                logits = self.model(x)
+                loss = F.cross_entropy(logits, target, label_smoothing=recipe.smoothing)
+            self.optimizer.zero_grad()
+            loss.backward()
+            if recipe.clip_grad:
+                nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
+            self.optimizer.step()
+        self.has_stepped = True
         if self.ema:
             self.ema.update(self.model, step=self.step)
         self.loss_sum += loss.item()
@@ -377,6 +389,8 @@ def train(
         FloatingPointError: The loss is not finite.
     """
     output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f'{output} is a file: expected a folder for checkpoint, log and weights.')
     if recovery_interval < 0:
         raise ValueError(f'recovery_interval must not be negative, got {recovery_interval}.')
     device = usable_device(device)
@@ -392,7 +406,6 @@ def train(
     run = _Run(recipe, task, samples, output, device)
     _warn_of_heard(run, held)
     _try_out(run, task, samples)
-    write_text(recipe_path, recipe_text(recipe))  # now that the recipe is known to work
     run.write_log()
     steps, batch_size = run.steps_per_epoch, recipe.batch_size
     bar = tqdm(

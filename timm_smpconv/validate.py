@@ -1,28 +1,33 @@
 """Accuracy of any model of this package on test data."""
 
 import dataclasses
+import logging
 import math
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Union
 
 import timm
 import torch
 from PIL import Image
-from timm.data import ImageDataset, ImageNetInfo, create_loader, resolve_data_config
+from timm.data import ImageNetInfo, create_loader, resolve_data_config
 from timm.models import parse_model_name
 from torch import nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ._text import one_line
 from .checkpoint import ancestors
 from .classes import CLASS_NAMES
 from .data import Samples
 from .factory import architecture_of, read_config
 from .fetch import weights_file
-from .predict import check_inputs, class_names, load_model
+from .predict import check_inputs, class_names, load_image, load_model
 from .tasks import Task, heard, network_input, stepwise, task_of
 from .weights import design_effect, wilson
 
 __all__ = ['Measurement', 'evaluate', 'predict_classes', 'usable_device', 'validate']
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +90,19 @@ def predict_classes(
 
     Returns:
         Predictions and labels, (N,).
+
+    Raises:
+        ValueError: An output is not finite.
     """
     predictions, labels = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
     device = next(model.parameters()).device
     hits = seen = 0
     with tqdm(total=total, desc='evaluate', unit=unit, disable=not progress, leave=False) as bar:
         for x, target in batches:
-            predictions.append(model(x.to(device)).argmax(1).cpu())
+            logits = model(x.to(device))
+            if not logits.isfinite().all():
+                raise ValueError('The outputs of the network are not finite: its weights, or its inputs, are damaged.')
+            predictions.append(logits.argmax(1).cpu())
             labels.append(target)
             hits += int((predictions[-1] == target).sum())
             seen += len(target)
@@ -199,23 +210,59 @@ def usable_device(device: Union[str, torch.device]) -> torch.device:
     """
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError, ImportError) as e:
         reason = str(e).split('\n')[0]
         raise ValueError(f'device {str(device)!r} cannot be used: {reason} Expected cpu, or cuda with a GPU.') from e
     return torch.device(device)
 
 
-class _Images(ImageDataset):
-    """Images none of which is left out: timm's own data set takes the next one for one that it cannot read."""
+class _Images(Dataset):
+    """Images in a folder for each class, and in folders within it, read as `predict` does.
+
+    Of any format that Pillow reads: timm's data set knows two, and takes the next image for one that it cannot read.
+
+    Attributes:
+        transform: What makes an input of an image; timm's loader sets it.
+    """
+
+    def __init__(self, folder: Path, classes: Dict[str, int], channels: int):
+        """
+        Args:
+            folder: Holds the folders.
+            classes: Their names, and the numbers of these classes.
+            channels: 1 for grey images, 3 for RGB.
+
+        Raises:
+            FileNotFoundError: There are no images.
+        """
+        self.transform: Optional[Callable[[Image.Image], Any]] = None
+        self.channels = channels
+        self.samples: List[Tuple[Path, int]] = []
+        suffixes = Image.registered_extensions()
+        others = 0
+        for name in sorted(classes.keys() & {path.name for path in folder.iterdir()}):
+            for path in sorted((folder / name).rglob('*')):
+                if path.is_dir() or path.name.startswith('.'):
+                    continue
+                if path.suffix.lower() in suffixes:
+                    self.samples.append((path, classes[name]))
+                else:
+                    others += 1
+        if others:
+            _logger.warning('%d files in the folders of %s are not images by their names: left out.', others, folder)
+        if not self.samples:
+            raise FileNotFoundError(f'No images in the folders of {folder}.')
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
-        file, target = self.reader[index]
+        path, label = self.samples[index]
         try:
-            with file:
-                image = Image.open(file).convert(self.input_img_mode)
+            image = load_image(path, self.channels, background=0 if self.channels == 1 else 255)
         except Exception as e:  # Pillow fails in any way on damaged files
-            raise ValueError(f'{self.filename(index)} is no readable image ({e}): remove or replace it.') from e
-        return self.transform(image) if self.transform else image, target
+            raise ValueError(f'{path} is no readable image ({one_line(e)}): remove or replace it.') from e
+        return self.transform(image) if self.transform else image, label
 
 
 def _own_classes(name: str) -> Optional[List[str]]:
@@ -236,7 +283,10 @@ def _own_classes(name: str) -> Optional[List[str]]:
     return None if own == list(CLASS_NAMES.get(registered.tag, ())) else own
 
 
-def _image_folder(name: str, own: Optional[List[str]], root: Path) -> ImageDataset:
+def _image_folder(name: str, own: Optional[List[str]], root: Path) -> _Images:
+    channels = timm.get_pretrained_cfg(architecture_of(name)).input_size[0]
+    if parse_model_name(name)[0]:
+        channels = read_config(name).get('pretrained_cfg', {}).get('input_size', [channels])[0]
     tag = '' if own else timm.get_pretrained_cfg(architecture_of(name)).tag
     known: List[str] = own or list(CLASS_NAMES.get(tag, ())) or ImageNetInfo().label_names()
     choices = ('cifar10/test',) * (tag in CLASS_NAMES) + ('test', 'val', 'validation', '')
@@ -244,16 +294,14 @@ def _image_folder(name: str, own: Optional[List[str]], root: Path) -> ImageDatas
     for folder in (root / choice for choice in choices):
         if not folder.is_dir():
             continue
-        found = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        found = [label for label in folders if not label.startswith('.') and label != '__MACOSX']
         if not set(found) & set(known):
             continue
         strange = [label for label in found if label not in indices]
         if strange:
             raise ValueError(f'{folder / strange[0]} is not a class of {name}, which knows {_some(known)}.')
-        try:
-            return _Images(str(folder), class_map=indices)
-        except RuntimeError as e:
-            raise FileNotFoundError(' '.join(str(e).split())) from e
+        return _Images(folder, indices, channels)
     raise FileNotFoundError(
         f'No test images under {root}: expected one folder for each class ({_some(known)}) in it or in its folder '
         f'{", ".join(choice for choice in choices if choice)}.'
@@ -265,9 +313,8 @@ def _some(names: List[str]) -> str:
     return ', '.join(names if len(names) <= 10 else [*names[:3], '...', names[-1]])
 
 
-def _evaluate_images(model: nn.Module, dataset: ImageDataset, progress: bool) -> Tuple[torch.Tensor, torch.Tensor]:
+def _evaluate_images(model: nn.Module, dataset: _Images, progress: bool) -> Tuple[torch.Tensor, torch.Tensor]:
     cfg = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
-    dataset.input_img_mode = 'L' if cfg['input_size'][0] == 1 else 'RGB'
     pixels = 100_000 if next(model.parameters()).device.type == 'cpu' else 6_400_000  # of a batch
     loader = create_loader(
         dataset,

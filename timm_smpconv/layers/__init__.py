@@ -13,6 +13,7 @@ from .folding import check_part as check_part
 from .kernel import RenderedKernel as RenderedKernel, SMPKernel as SMPKernel, no_weight_decay as no_weight_decay
 from .norm import (
     AffineNorm as AffineNorm,
+    can_take_norm as can_take_norm,
     fold_norm_into_next as fold_norm_into_next,
     is_foldable as is_foldable,
     norm_to_conv as norm_to_conv,

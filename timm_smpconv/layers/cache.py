@@ -5,7 +5,7 @@ from typing import Any, Callable, Hashable, Iterable, Optional, Sequence, Tuple
 import torch
 from torch import nn
 
-from ..ops.context import Keep, is_transformed
+from ..ops.context import Keep, is_exporting, is_transformed
 
 __all__ = ['DropsCaches', 'KernelCache', 'ValueCache', 'wants_gradients']
 
@@ -34,7 +34,7 @@ class ValueCache:
     @staticmethod
     def usable(tensors: Sequence[Optional[torch.Tensor]]) -> bool:
         """Whether values can be read cheaply: on a CPU, not while compiling, exporting, tracing or in torch.func."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
+        if torch.compiler.is_compiling() or is_exporting() or is_transformed():
             return False
         # neither fake tensors nor other wrappers
         return all(t is None or (t.device.type == 'cpu' and type(t.detach()) is torch.Tensor) for t in tensors)

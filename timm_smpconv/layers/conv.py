@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.utils import skip_init
 
 from .. import ops
-from ..ops.context import is_channels_last, is_exporting, to_float64
+from ..ops.context import in_format, is_channels_last, is_exporting, to_float64
 from .cache import DropsCaches, KernelCache, ValueCache, wants_gradients
-from .folding import like_module
+from .folding import compute_weights, like_module
 from .kernel import RenderedKernel, SMPKernel, with_all_taps
 from .peripheral import PeripheralKernel
 
@@ -32,7 +32,14 @@ _LONG = 64  # taps from which it pays to look for zeros
 
 
 class _LargeConv(DropsCaches):
-    """A convolution of torch.nn, dense or depthwise, with outputs as large as its inputs, that goes through `ops`."""
+    """A convolution of torch.nn, dense or depthwise, with outputs as large as its inputs, that goes through `ops`.
+
+    Attributes:
+        keeps_format: Outputs have the memory format of the inputs, as other code may rely on; else that in which they
+            have come.
+    """
+
+    keeps_format = False
 
     def __init__(self, in_chs: int, out_chs: int, kernel_size: Tuple[int, ...], **settings: Any):
         super().__init__(in_chs, out_chs, kernel_size, **settings)
@@ -54,7 +61,8 @@ class _LargeConv(DropsCaches):
         weight = self.weight  # once: a parametrization computes it anew each time
         if not self.is_same():
             return self._conv_forward(x, weight, self.bias)
-        return self._same(x, weight, self._kept.keep(weight))
+        y = self._same(x, weight, self._kept.keep(weight))
+        return in_format(y, is_channels_last(x)) if self.keeps_format and not is_exporting() else y
 
     @torch.jit.unused
     def _same(self, x: torch.Tensor, weight: torch.Tensor, keep: Any) -> torch.Tensor:
@@ -151,11 +159,11 @@ _LARGE = {nn.Conv1d: LargeConv1d, nn.Conv2d: LargeConv2d}
 def convert_large_convs(module: nn.Module, min_size: int = 7) -> nn.Module:
     """Makes the large convolutions of any network convolve through `ops`, as `LargeConv1d` and `LargeConv2d`, in place.
 
-    They stay the objects that they are, with their parameters, hooks and names in the state dict: it can be called
-    before or after weights are loaded and an optimizer is made; before torch.compile, and behind torch.fx, which cannot
-    trace them. Converted are modules of the classes nn.Conv1d and nn.Conv2d themselves, dense or depthwise, with odd
-    kernels, strides of 1, zeros for padding that make outputs as large as the inputs, and in 1D no dilation. All others
-    stay as they are.
+    They stay the objects that they are, with their parameters, hooks and names in the state dict, and make outputs in
+    the memory format of the inputs: it can be called before or after weights are loaded and an optimizer is made;
+    before torch.compile, and behind torch.fx, which cannot trace them. Converted are modules of the classes nn.Conv1d
+    and nn.Conv2d themselves, dense or depthwise, with odd kernels, strides of 1, zeros for padding that make outputs as
+    large as the inputs, and in 1D no dilation. All others stay as they are.
 
     Args:
         module: A network, or a convolution.
@@ -170,7 +178,7 @@ def convert_large_convs(module: nn.Module, min_size: int = 7) -> nn.Module:
             continue
         fits = all(k % 2 for k in conv.kernel_size) and _fits_groups(conv.in_channels, conv.out_channels, conv.groups)
         if fits and max(conv.kernel_size) >= min_size and _is_same(conv):
-            conv.__class__, conv._kept = _LARGE[type(conv)], KernelCache()
+            conv.__class__, conv._kept, conv.keeps_format = _LARGE[type(conv)], KernelCache(), True
     return module
 
 
@@ -255,11 +263,13 @@ class CausalConv1d(DropsCaches, nn.Conv1d):
             bias: Add a bias.
 
         Raises:
-            ValueError: Channels that do not fit, or another stride, padding or dilation.
+            ValueError: A size or channels that do not fit, or another stride, padding or dilation.
         """
+        size = to_ntuple(1)(kernel_size)
+        _check_size(size, 1)
         _check_geometry(self, stride=(stride, (1,)), padding=(padding, (0,)), dilation=(dilation, (1,)))
         _check_groups(in_chs, out_chs, groups)
-        super().__init__(in_chs, out_chs, kernel_size, groups=groups, bias=bias, device=device, dtype=dtype)
+        super().__init__(in_chs, out_chs, size, groups=groups, bias=bias, device=device, dtype=dtype)
         self._kept = KernelCache()
         self._num_unreached: Optional[int] = None  # leading taps that were zero when last looked at
 
@@ -272,7 +282,18 @@ class CausalConv1d(DropsCaches, nn.Conv1d):
         return self._convolve(x)
 
     @torch.jit.unused
+    def is_causal(self) -> bool:
+        """Whether it still is: code can change attributes."""
+        now = self.stride, self.padding, self.dilation, self.padding_mode
+        return now == ((1,), (0,), (1,), 'zeros')
+
+    @torch.jit.unused
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.is_causal():
+            raise ValueError(
+                f'CausalConv1d has stride 1, padding 0 and dilation 1, got {self}, changed since: torch.nn has layers '
+                f'for others.'
+            )
         weight = self._reached_taps()
         convolve = ops.causal_conv1d if self.groups == 1 else ops.depthwise_causal_conv1d
         return convolve(x, weight, self.bias, self._kept.keep(weight))
@@ -346,6 +367,7 @@ class _RenderedConv(DropsCaches):
     @torch.jit.unused
     def fuse(self) -> nn.Module:
         """The equivalent plain convolution, with a dense kernel; `timm.utils.reparameterize_model` puts it in place."""
+        compute_weights(self)
         with torch.no_grad():
             weight = self.render_kernel().clone()  # which the layer may keep
             return self.to_conv(with_all_taps(weight, self.kernel.kernel_size), self.bias)
@@ -488,10 +510,8 @@ class SMPConv1d(_RenderedConv):
             ValueError: Channels that do not fit, another stride, padding or dilation, or a value out of range.
         """
         size = to_ntuple(1)(kernel_size)
-        if len(size) != 1 or size[0] < 1:
-            raise ValueError(f'kernel_size must be a positive number of taps, got {kernel_size}.')
-        kernel_size = size[0]
         if causal:
+            _check_size(size, 1)
             _check_groups(in_chs, out_chs, groups)
             _check_geometry(self, stride=(stride, (1,)), padding=(0 if padding is None else padding, (0,)))
         else:
@@ -502,10 +522,10 @@ class SMPConv1d(_RenderedConv):
         kernel = SMPKernel(
             1 if depthwise else in_chs,
             out_chs,
-            kernel_size,
+            size,
             ndim=1,
             num_points=num_points,
-            radius=min(max(2 / kernel_size, 1e-4), 1.0) if radius is None else radius,
+            radius=min(max(2 / size[0], 1e-4), 1.0) if radius is None else radius,
             coord_std=coord_std,
             causal=causal,
             learn_coords=learn_coords,
@@ -624,6 +644,7 @@ class PeripheralConv2d(_RenderedConv):
     @torch.jit.unused
     def fuse(self, pos_embed: Optional[torch.Tensor] = None) -> nn.Module:
         """The equivalent plain convolution, dense taps and a bias."""
+        compute_weights(self)
         with torch.no_grad():
             weight = self.kernel()
             # in float64, so that the sum over thousands of taps adds no rounding of its own
@@ -676,10 +697,15 @@ def _is_depthwise(in_chs: int, out_chs: int, groups: int) -> bool:
 
 
 def _check_same(in_chs: int, out_chs: int, kernel_size: Tuple[int, ...], groups: int, ndim: int) -> None:
-    if len(kernel_size) != ndim or any(k < 1 or k % 2 == 0 for k in kernel_size):
-        wanted = 'one number or height and width' if ndim == 2 else 'one number'
-        raise ValueError(f'kernel_size must be odd and positive ({wanted}), got {kernel_size}.')
+    _check_size(kernel_size, ndim, odd=True)
     _check_groups(in_chs, out_chs, groups)
+
+
+def _check_size(kernel_size: Tuple[int, ...], ndim: int, odd: bool = False) -> None:
+    whole = len(kernel_size) == ndim and all(isinstance(k, numbers.Integral) and k > 0 for k in kernel_size)
+    if not whole or (odd and not all(k % 2 for k in kernel_size)):
+        wanted = 'one number or height and width' if ndim == 2 else 'one number'
+        raise ValueError(f'kernel_size must be {"odd and " if odd else ""}positive ({wanted}), got {kernel_size}.')
 
 
 def _check_groups(in_chs: int, out_chs: int, groups: int) -> None:

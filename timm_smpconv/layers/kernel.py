@@ -7,6 +7,7 @@ from typing import Hashable, List, Optional, Sequence, Set, Tuple, Union
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..ops.context import full_precision, is_transformed
 from .cache import DropsCaches, ValueCache, wants_gradients
@@ -54,7 +55,8 @@ class RenderedKernel(DropsCaches):
     @torch.jit.unused
     def _for_convolution(self) -> torch.Tensor:
         tensors = self.tensors()
-        if not ValueCache.usable(tensors) or has_hooks(self) or not self._knows_forward():
+        # parametrizations may draw: what is computed once would not fit what is computed the next time
+        if not ValueCache.usable(tensors) or has_hooks(self) or is_parametrized(self) or not self._knows_forward():
             return self()
         if self.training or wants_gradients(tensors):
             return self.render_reached()

@@ -17,6 +17,7 @@ __all__ = [
     'NORMS_WITH_ACT',
     'AffineNorm',
     'SequenceNorm',
+    'can_take_norm',
     'fold_norm_into_next',
     'fold_norm_into_previous',
     'is_foldable',
@@ -82,13 +83,26 @@ def fold_norm_into_previous(
 
 
 def fold_norm_into_next(norm: nn.Module, conv: nn.Module) -> None:
-    """Folds a norm into the 1x1 convolution with a bias that follows it, in place; trainable if one of them is."""
+    """Folds a norm into the 1x1 convolution with a bias that follows it, in place; trainable if one of them is.
+
+    Raises:
+        RuntimeError: Its weight or bias is computed in each call (parametrizations, pruning), or it has no bias.
+    """
+    if not can_take_norm(conv):
+        raise RuntimeError(
+            f'A norm can only be folded into a convolution with a weight and bias of its own, got {conv}.'
+        )
     scale, shift = _scale_shift(norm)
     weight = to_float64(conv.weight.data)
     conv.bias.data = (to_float64(conv.bias.data) + weight.flatten(1) @ shift).to(conv.weight)
     conv.weight.data = (weight * scale.reshape(1, -1, *[1] * (weight.ndim - 2))).to(conv.weight)
     if any(p.requires_grad for p in norm.parameters()):
         conv.requires_grad_(True)
+
+
+def can_take_norm(conv: nn.Module) -> bool:
+    """Whether a norm before it can be folded into a convolution: it has a weight and a bias, which nothing computes."""
+    return all(conv._parameters.get(name) is not None for name in ('weight', 'bias'))
 
 
 def norm_to_conv(norm: nn.Module) -> nn.Module:

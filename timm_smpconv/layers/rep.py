@@ -11,7 +11,7 @@ from torch.nn.utils import skip_init
 
 from ..ops.context import is_exporting, is_transformed
 from .cache import DropsCaches, ValueCache, wants_gradients
-from .conv import CausalConv1d, LargeConv2d, PointwiseConv2d, SMPConv1d, SMPConv2d
+from .conv import CausalConv1d, LargeConv2d, PointwiseConv2d, SMPConv1d, SMPConv2d, convert_large_convs
 from .folding import check_part, like_module
 from .kernel import SMPKernel, with_all_taps
 from .norm import NORMS, NORMS_WITH_ACT, SequenceNorm, fold_norm_into_previous, is_foldable
@@ -48,6 +48,8 @@ class ConvNorm(ConvNormAct):
             make, settings['padding_mode'] = nn.Conv2d, old.padding_mode
         conv = skip_init(make, old.in_channels, old.out_channels, old.kernel_size, **settings, **dd)
         conv.weight.data, conv.bias.data = weight.to(old.weight), bias.to(old.weight)
+        if isinstance(old, LargeConv2d):
+            convert_large_convs(conv, min_size=1)
         self.conv, self.bn = like_module(conv, self), norm.act
 
 
@@ -137,7 +139,7 @@ class _RepSMPConv(DropsCaches):
         if (small.out_channels, small.in_channels // small.groups) != (kernel.out_chs, kernel.in_chs):
             return False
         if isinstance(self.small, CausalConv1d):
-            return self.large.causal and self.small.padding_mode == 'zeros'
+            return self.large.causal and self.small.is_causal()
         return self.small.is_same() and to_2tuple(self.small.dilation) == to_2tuple(self.large.dilation)
 
     @torch.jit.unused

@@ -8,7 +8,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
-from ..checkpoint import carried_settings, check_architecture, read_checkpoint
+from .._text import one_line
+from ..checkpoint import CheckpointError, carried_settings, check_architecture, read_checkpoint, state_dict_of
 from ..fetch import locate
 from ..layers import no_weight_decay
 from ..layout import adapt_input_channels
@@ -96,13 +97,13 @@ def build(
     resolved = resolve_pretrained_cfg(variant, kwargs.pop('pretrained_cfg', None), overlay).to_dict()
     if 'file' not in overlay and (overlay.get('url') or overlay.get('hf_hub_id')):
         resolved['file'] = None  # the bundled weights, which timm would prefer
-    checkpoint: Optional[Dict[str, Any]] = None
+    weights: Optional[Dict[str, torch.Tensor]] = None
     if pretrained:
-        checkpoint, carried = _read_weights(variant, resolved, kwargs.get('cache_dir'))
+        weights, carried = _read_weights(variant, resolved, kwargs.get('cache_dir'))
         resolved.update({key: value for key, value in carried.items() if key not in overlay})
     # checkpoint_filter_fn adapts first layers: timm knows how to for Conv2d weights of three channels only
     loading = {**resolved, 'first_conv': None}
-    if checkpoint is not None:  # which timm would copy with the configuration: `load` has it
+    if weights is not None:  # which timm would copy with the configuration: `load` has it
         loading.update(source='', file='', state_dict={'': None})
     deployed = pretrained and kwargs.get('inference_mode', False)
 
@@ -114,10 +115,14 @@ def build(
         return model_cls(**{**args, 'inference_mode': False, 'dtype': dtype})
 
     def load(state_dict: Dict[str, Any], model: LargeKernelNet) -> Dict[str, torch.Tensor]:
-        state_dict = checkpoint_filter_fn(state_dict if checkpoint is None else checkpoint, model)
-        if 'file' in overlay and 'num_classes' not in overlay and 'head.fc.weight' in state_dict:
-            # by which timm decides whether to keep the classifier
-            model.pretrained_cfg['num_classes'] = len(state_dict['head.fc.weight'])
+        try:
+            state_dict = checkpoint_filter_fn(state_dict if weights is None else weights, model)
+        except (IndexError, KeyError, RuntimeError, ValueError) as e:
+            raise CheckpointError(f'The weights do not fit {variant}: {one_line(e)}') from e
+        shape = getattr(state_dict.get('head.fc.weight'), 'shape', ())
+        if 'num_classes' in kwargs and 'file' in overlay and 'num_classes' not in overlay and shape:
+            # by which timm decides whether to keep the classifier; unasked, it has to be of the model's own classes
+            model.pretrained_cfg['num_classes'] = shape[0]
         if deployed:
             state_dict = _deploy(state_dict, model)
             model.to(kwargs.get('dtype'))
@@ -147,7 +152,7 @@ def build(
 
 def _read_weights(
     variant: str, cfg: Dict[str, Any], cache_dir: Optional[str]
-) -> Tuple[Optional[Dict[str, Any]], Dict[str, Any]]:
+) -> Tuple[Optional[Dict[str, torch.Tensor]], Dict[str, Any]]:
     """What a pretrained configuration asks for, and the mean and std of its inputs where it says others.
 
     Args:
@@ -156,7 +161,7 @@ def _read_weights(
         cache_dir: Cache of the Hub in place of the usual one.
 
     Returns:
-        Checkpoint, None if timm loads it itself; mean and std, as far as the file says them.
+        State dict, None if timm loads it itself; mean and std, as far as the file says them.
     """
     key = f'{variant}.{cfg.get("tag") or ""}'.rstrip('.')
     file = locate(key, cfg, cache_dir)
@@ -165,11 +170,12 @@ def _read_weights(
     # timm reads less: the authors' ImageNet files have numbers of numpy in them
     checkpoint = read_checkpoint(file)
     check_architecture(checkpoint, variant, str(file))
+    state_dict = state_dict_of(checkpoint, str(file))
     # the statistics of bundled weights, and of those with a config.json, are the configuration's
     if file == bundled_path(key) or cfg.get('source') in ('hf-hub', 'local-dir'):
-        return checkpoint, {}
-    carried = carried_settings(file, None, checkpoint)
-    return checkpoint, {name: carried[name] for name in ('mean', 'std') if name in carried}
+        return state_dict, {}
+    carried = carried_settings(file, None, checkpoint, beside=str(file) == str(cfg.get('file')))
+    return state_dict, {name: carried[name] for name in ('mean', 'std') if name in carried}
 
 
 def _check_complete(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> None:

@@ -8,7 +8,16 @@ from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, to_
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import nn
 
-from ..layers import AffineNorm, ConvNorm, RepSMPConv2d, by_parts, fold_norm_into_next, is_foldable, norm_to_conv
+from ..layers import (
+    AffineNorm,
+    ConvNorm,
+    RepSMPConv2d,
+    by_parts,
+    can_take_norm,
+    fold_norm_into_next,
+    is_foldable,
+    norm_to_conv,
+)
 from ..ops import to_fast_format
 from ._base import LargeKernelNet, StageGeometry, check_stages, init_weights, plan_stages
 from ._builder import build, imagenet_cfg
@@ -44,11 +53,11 @@ class _PreNormBlock(nn.Module):
         """Folds the leading norm into the first convolution, in place; does nothing the second time."""
         if is_foldable(self.norm):
             self.pw1.reparameterize()
-            if self.pw1.conv.bias is None:  # its norm has been replaced by one that stays
-                self.norm = norm_to_conv(self.norm)
-            else:
+            if can_take_norm(self.pw1.conv):
                 fold_norm_into_next(self.norm, self.pw1.conv)
                 self.norm = nn.Identity().train(self.training)
+            else:  # its own norm has been replaced by one that stays
+                self.norm = norm_to_conv(self.norm)
 
     def _branch(self, x: torch.Tensor) -> torch.Tensor:
         return self.pw2(self.act(self.mix(self.pw1(self.norm(x)))))

@@ -5,11 +5,13 @@ from typing import Any, Callable, ContextManager, Hashable
 
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 __all__ = [
     'Keep',
     'full_precision',
     'has_tensor_cores',
+    'in_format',
     'is_channels_last',
     'is_exporting',
     'is_trained',
@@ -42,7 +44,9 @@ def has_tensor_cores(device: torch.device) -> bool:
 
 def is_exporting() -> bool:
     """Whether the call is being exported or traced: that wants the plain convolution, and has tensors for sizes."""
-    return torch.jit.is_tracing() or (hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting())
+    if torch.jit.is_tracing() or (hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting()):
+        return True
+    return not torch.compiler.is_compiling() and get_proxy_mode() is not None  # of make_fx
 
 
 def is_transformed() -> bool:
@@ -72,3 +76,8 @@ def to_channels_last(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if x.ndim == 3:
         return to_channels_last(x.unsqueeze(2), dtype).squeeze(2)
     return x.to(dtype=dtype, memory_format=torch.channels_last)
+
+
+def in_format(x: torch.Tensor, last: bool) -> torch.Tensor:
+    """(B, C, H, W) or (B, C, L) in channels_last, or contiguous."""
+    return to_channels_last(x, x.dtype) if last else x.contiguous()

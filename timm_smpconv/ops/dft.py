@@ -58,7 +58,7 @@ def _correlate(x: torch.Tensor, weight: torch.Tensor, left: Tuple[int, ...], kee
         # filters before channels: the gradient comes back in an order that the product which rendered the kernel takes
         return _transform(weight.permute(*dims, 0, 1), _matrices(_forward_matrices, weight, taps, size))
 
-    key, numbers = ('dft', weight.shape, weight.dtype, *shape), 2 * fft.count_bins(size) * weight.shape[:2].numel()
+    key, numbers = ('dft', weight.shape, weight.dtype, *size), 2 * fft.count_bins(size) * weight.shape[:2].numel()
     w_f = of_kernel() if keep is None else keep(key, numbers, of_kernel)
     forward = _matrices(_forward_matrices, weight, shape, size)
     inverse = _matrices(_inverse_matrices, weight, shape, size, left)

@@ -130,7 +130,7 @@ def _correlate_in_parts(
     x = F.pad(x, (left[0], parts * outputs + taps - 1 - left[0] - length))
     x = torch.stack([x.narrow(2, i * outputs, outputs + taps - 1) for i in range(parts)], 1)
     y = _apply(x.flatten(0, 1), weight, (0,), (outputs,), depthwise, keep)
-    return y.unflatten(0, (-1, parts)).transpose(1, 2).flatten(2)[..., :length]
+    return y.unflatten(0, (-1, parts)).transpose(1, 2).flatten(2)[..., :length].contiguous()
 
 
 def _apply(

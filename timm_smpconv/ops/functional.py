@@ -2,6 +2,7 @@
 
 All are cross-correlations, as in torch, with stride 1 and outputs as large as the inputs. Kernel taps that no input can
 reach are cut off first. A dilated convolution is that of the interleaved maps between whose entries there are no holes.
+Outputs come in the memory format that the backend has made: of a contiguous map it may be channels_last.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from timm.layers import to_2tuple
 from timm.models import register_notrace_function
 
 from . import dft, direct, fft, reference
-from .context import Keep, has_tensor_cores, is_channels_last, is_exporting, is_transformed, to_channels_last
+from .context import Keep, has_tensor_cores, in_format, is_channels_last, is_exporting, is_transformed
 
 __all__ = [
     'available_backends',
@@ -278,7 +279,7 @@ def depthwise_conv2d(
         weight: Kernel, (C, 1, kh, kw), kh and kw odd.
         bias: Bias, (C,).
         dilation: Distance of neighbouring taps, (rows, columns), or one number for both but in TorchScript.
-        keep: A `Keep` for a constant kernel in inference, such as `layers.KernelCache` makes; not in TorchScript.
+        keep: `layers.KernelCache().keep(weight)`, for a constant kernel in inference; None in TorchScript.
 
     Returns:
         Output, (B, C, H, W) or (C, H, W).
@@ -311,7 +312,7 @@ def conv2d(
         weight: Kernel, (O, I, kh, kw), kh and kw odd.
         bias: Bias, (O,).
         dilation: Distance of neighbouring taps, (rows, columns), or one number for both but in TorchScript.
-        keep: A `Keep` for a constant kernel in inference, such as `layers.KernelCache` makes; not in TorchScript.
+        keep: `layers.KernelCache().keep(weight)`, for a constant kernel in inference; None in TorchScript.
 
     Returns:
         Output, (B, O, H, W) or (O, H, W).
@@ -339,7 +340,7 @@ def causal_conv1d(
         x: Input, (B, I, L) or (I, L).
         weight: Kernel, (O, I, K), K of any parity and larger or smaller than L.
         bias: Bias, (O,).
-        keep: A `Keep` for a constant kernel in inference, such as `layers.KernelCache` makes; not in TorchScript.
+        keep: `layers.KernelCache().keep(weight)`, for a constant kernel in inference; None in TorchScript.
 
     Returns:
         Output, (B, O, L) or (O, L).
@@ -365,7 +366,7 @@ def depthwise_causal_conv1d(
         x: Input, (B, C, L) or (C, L).
         weight: Kernel, (C, 1, K), K of any parity and larger or smaller than L.
         bias: Bias, (C,).
-        keep: A `Keep` for a constant kernel in inference, such as `layers.KernelCache` makes; not in TorchScript.
+        keep: `layers.KernelCache().keep(weight)`, for a constant kernel in inference; None in TorchScript.
 
     Returns:
         Output, (B, C, L) or (C, L).
@@ -391,7 +392,7 @@ def conv1d(
         x: Input, (B, I, L) or (I, L).
         weight: Kernel, (O, I, K), K odd.
         bias: Bias, (O,).
-        keep: A `Keep` for a constant kernel in inference, such as `layers.KernelCache` makes; not in TorchScript.
+        keep: `layers.KernelCache().keep(weight)`, for a constant kernel in inference; None in TorchScript.
 
     Returns:
         Output, (B, O, L) or (O, L).
@@ -417,7 +418,7 @@ def depthwise_conv1d(
         x: Input, (B, C, L) or (C, L).
         weight: Kernel, (C, 1, K), K odd.
         bias: Bias, (C,).
-        keep: A `Keep` for a constant kernel in inference, such as `layers.KernelCache` makes; not in TorchScript.
+        keep: `layers.KernelCache().keep(weight)`, for a constant kernel in inference; None in TorchScript.
 
     Returns:
         Output, (B, C, L) or (C, L).
@@ -557,11 +558,7 @@ def _correlate_whole(
     causal: bool,
     last: bool,
 ) -> torch.Tensor:
-    return _in_format(_correlate_dilated(x, weight, bias, dilation, depthwise, causal), last)
-
-
-def _in_format(y: torch.Tensor, last: bool) -> torch.Tensor:
-    return to_channels_last(y, y.dtype) if last else y.contiguous()
+    return in_format(_correlate_dilated(x, weight, bias, dilation, depthwise, causal), last)
 
 
 _correlate_op = torch.library.custom_op('timm_smpconv::correlate', _correlate_whole, mutates_args=())
@@ -577,7 +574,7 @@ def _(
     causal: bool,
     last: bool,
 ) -> torch.Tensor:
-    return _in_format(x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:]), last)
+    return in_format(x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:]), last)
 
 
 def _keep_rounded(keep: Keep, dtype: torch.dtype, key: Hashable, numbers: int, compute: Callable[[], Any]) -> Any:
@@ -621,6 +618,8 @@ def _check(
         )
     if not depthwise and weight.shape[1] != channels:
         raise ValueError(f'{name} expects {weight.shape[1]} input channels, got an input of shape {tuple(x.shape)}.')
+    if 0 in weight.shape[2:]:
+        raise ValueError(f'{name} expects a kernel of one tap at least, got shape {tuple(weight.shape)}.')
     if not causal and not all(taps % 2 for taps in weight.shape[2:]):
         raise ValueError(f'{name} expects an odd kernel size, got {tuple(weight.shape[2:])}.')
     if bias is not None and bias.shape != weight.shape[:1]:
