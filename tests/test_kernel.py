@@ -642,20 +642,22 @@ class TestProjection:
         """In each call anew: no tap is left out that the next drawing reaches."""
 
         class Drawing(nn.Module):
+            calls = 0
+
             def forward(self, coords):
-                return coords + 0.5 * torch.randn_like(coords)
+                self.calls += 1
+                return coords - (0.0, 0.8, 1.6)[self.calls % 3]
 
         kernel = SMPKernel(4, 4, 1000, ndim=1, causal=True, num_points=1, radius=0.02)
         torch.nn.utils.parametrize.register_parametrization(kernel, 'coords', Drawing())
+        possible = [kernel() for _ in range(3)]
+        assert all((p != 0).sum() > 4 * 4 * 5 for p in possible)
         for training in (True, False):
             kernel.train(training)
             with torch.set_grad_enabled(training):
-                for seed in range(20):
-                    torch.manual_seed(seed)
+                for _ in range(6):
                     rendered = kernel.for_convolution()
-                    assert rendered.shape[2] == 1000
-                    torch.manual_seed(seed)
-                    assert torch.equal(rendered, kernel())
+                    assert any(torch.equal(rendered, p) for p in possible)
 
     def test_tensors_of_inference_mode(self):
         with torch.inference_mode():

@@ -209,7 +209,7 @@ def test_dilation(make, groups, dilation):
     wanted = F.conv2d(x, deployed.weight, deployed.bias, padding=6, dilation=2, groups=groups)
     assert relative_error(deployed(x), wanted) < 1e-10
     deployed.dilation = 2
-    assert deployed.is_same() and relative_error(deployed(x), wanted) < 1e-10
+    assert relative_error(deployed(x), wanted) < 1e-10
 
 
 @pytest.mark.parametrize('block, x', [(RepSMPConv1d(4, 4, 7), (4, 4)), (RepSMPConv2d(4, 4, 7), (4, 9, 9))])

@@ -795,7 +795,7 @@ def test_onednn_multiplies_where_it_is_there(monkeypatch):
 def test_count_of_taps_on_the_map(n, k, data):
     left = data.draw(st.integers(0, k - 1))
     expected = sum(0 <= t + j - left < n for t in range(n) for j in range(k))
-    assert ops.functional._taps_on_map(n, k, left) == expected
+    assert ops.chooser._taps_on_map(n, k, left) == expected
 
 
 @pytest.mark.parametrize(

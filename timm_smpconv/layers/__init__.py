@@ -1,16 +1,14 @@
 from .cache import KernelCache as KernelCache
-from .conv import (
+from .conv import PeripheralConv2d as PeripheralConv2d, SMPConv1d as SMPConv1d, SMPConv2d as SMPConv2d
+from .folding import check_part as check_part
+from .kernel import RenderedKernel as RenderedKernel, SMPKernel as SMPKernel, no_weight_decay as no_weight_decay
+from .large import (
     CausalConv1d as CausalConv1d,
     LargeConv1d as LargeConv1d,
     LargeConv2d as LargeConv2d,
-    PeripheralConv2d as PeripheralConv2d,
     PointwiseConv2d as PointwiseConv2d,
-    SMPConv1d as SMPConv1d,
-    SMPConv2d as SMPConv2d,
     convert_large_convs as convert_large_convs,
 )
-from .folding import check_part as check_part
-from .kernel import RenderedKernel as RenderedKernel, SMPKernel as SMPKernel, no_weight_decay as no_weight_decay
 from .norm import (
     AffineNorm as AffineNorm,
     can_take_norm as can_take_norm,

@@ -11,9 +11,11 @@ from torch.nn.utils import skip_init
 
 from ..ops.context import is_exporting, is_transformed
 from .cache import DropsCaches, ValueCache, wants_gradients
-from .conv import CausalConv1d, LargeConv2d, PointwiseConv2d, SMPConv1d, SMPConv2d, convert_large_convs
+from .conv import SMPConv1d, SMPConv2d
 from .folding import check_part, like_module
+from .geometry import is_same
 from .kernel import SMPKernel, with_all_taps
+from .large import CausalConv1d, LargeConv2d, PointwiseConv2d, convert_large_convs
 from .norm import NORMS, NORMS_WITH_ACT, SequenceNorm, fold_norm_into_previous, is_foldable
 from .plain import is_plain
 
@@ -140,7 +142,7 @@ class _RepSMPConv(DropsCaches):
             return False
         if isinstance(self.small, CausalConv1d):
             return self.large.causal and self.small.is_causal()
-        return self.small.is_same() and to_2tuple(self.small.dilation) == to_2tuple(self.large.dilation)
+        return is_same(self.small) and to_2tuple(self.small.dilation) == to_2tuple(self.large.dilation)
 
     @torch.jit.unused
     def _tensors(self) -> Tuple[Optional[torch.Tensor], ...]:

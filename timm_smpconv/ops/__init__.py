@@ -1,7 +1,7 @@
+from .chooser import choose_backend as choose_backend
 from .functional import (
     available_backends as available_backends,
     causal_conv1d as causal_conv1d,
-    choose_backend as choose_backend,
     conv1d as conv1d,
     conv2d as conv2d,
     depthwise_causal_conv1d as depthwise_causal_conv1d,

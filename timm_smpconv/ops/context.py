@@ -1,6 +1,7 @@
 """What an operation has to know of where it is called."""
 
 import contextlib
+import importlib.util
 from typing import Any, Callable, ContextManager, Hashable
 
 import torch
@@ -8,6 +9,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 __all__ = [
+    'HAS_TRITON',
     'Keep',
     'full_precision',
     'has_tensor_cores',
@@ -19,6 +21,8 @@ __all__ = [
     'to_channels_last',
     'to_float64',
 ]
+
+HAS_TRITON = importlib.util.find_spec('triton') is not None  # not every build of torch comes with it
 
 # keep(key, numbers, compute): the result of compute(), which depends on a kernel and a key alone and holds about so
 # many real numbers; from an earlier call if the kernel is as it was then
