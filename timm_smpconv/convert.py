@@ -123,11 +123,7 @@ def convert(
     checkpoint = read_checkpoint(file)
     if not use_ema:
         checkpoint = {key: value for key, value in checkpoint.items() if key not in ('state_dict_ema', 'model_ema')}
-    try:
-        model = timm.create_model(name, **model_kwargs).eval()
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f'Cannot build {name} with {model_kwargs}: {e}') from e
-    check_network_args(model, model_kwargs)
+    model = _build(name, model_kwargs)
     model.load_state_dict(fit_checkpoint(checkpoint, model, str(file)))
     carried = carried_settings(file, model.in_chans, checkpoint)
     size = _describe_input(model)
@@ -174,20 +170,28 @@ def convert(
         if out is not None:
             provenance = f'Converted from `{file.name}` (sha256 `{source_sha256}`).'
             card = model_card(name, model, provenance, known, deployed, model_kwargs, license)
-            unknown = bool(task and task.stepwise and not carried)
+            config = config_text(model, model_kwargs, bool(task and task.stepwise and not carried))
             with _replacing(out) as folder:
                 shutil.copyfile(weights, folder / WEIGHTS_FILE)
-                write_text(folder / 'config.json', config_text(model, model_kwargs, unknown))
+                write_text(folder / 'config.json', config)
+                write_text(folder / 'README.md', card)
                 save_tensors(folder / TENSORS_FILE, _sample_tensors(model))
                 if deployed:
-                    rendered = timm.utils.reparameterize_model(model).state_dict()
-                    save_tensors(folder / DEPLOYED_FILE, rendered, said or None)
-                write_text(folder / 'README.md', card)
+                    save_tensors(folder / DEPLOYED_FILE, model.reparameterize().state_dict(), said or None)
         installed = None
         if install:
             with store.lock(name):
                 installed = store.install(name, weights, file.name, source_sha256, by_hand=True)
     return Converted(name, out, installed, sha256)
+
+
+def _build(name: str, model_kwargs: Dict[str, Any]) -> LargeKernelNet:
+    try:
+        model = timm.create_model(name, **model_kwargs).eval()
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f'Cannot build {name} with {model_kwargs}: {e}') from e
+    check_network_args(model, model_kwargs)
+    return model
 
 
 def check_network_args(model: nn.Module, model_kwargs: Dict[str, Any]) -> None:
