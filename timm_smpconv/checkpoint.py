@@ -110,7 +110,8 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
                 with path.open('rb') as f:
                     checkpoint = torch.load(f, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
-        refused = re.search(r'GLOBAL (\S+)', str(e))  # in the midst of advice that does not help here
+        # in the midst of advice that does not help here
+        refused = re.search(r'GLOBAL (\S{1,100})', one_line(e, limit=5000))
         raise CheckpointError(
             f'{path} holds more than tensors and plain values, or is damaged or no checkpoint: it is not unpickled, '
             f'because that could run code ({f"it names {refused[1]}" if refused else one_line(e)}). Expected '
