@@ -34,6 +34,8 @@ def test_documents_are_up_to_date(documents):
         stored, made = json.loads(path.read_text()), json.loads(text)
         for key in ('architecture', 'num_classes', 'num_features'):
             assert stored[key] == made[key], path
+        assert stored.get('label_names') == made.get('label_names') and 'label_names' not in stored['pretrained_cfg']
+        assert ('label_names' in stored) == bool(WEIGHTS[path.parent.name].bundled), path
         for key in ('tag', 'input_size', 'mean', 'std', 'num_classes', 'license', 'interpolation', 'crop_pct'):
             assert stored['pretrained_cfg'][key] == made['pretrained_cfg'][key], (path, key)
 

@@ -361,6 +361,16 @@ def test_classifier_of_a_deployed_model(name, model, x):
     assert tuple(model(x).shape) == (2, 7)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_inference_mode_in_the_default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        model = timm.create_model('smpconv_seq_mnist', pretrained=True, inference_mode=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
 def test_inference_mode_starts_like_any_model(name):
     """A deployed model that is built is in train mode, and has fewer parameters than the training form."""
     model = build(name, inference_mode=True)

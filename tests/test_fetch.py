@@ -339,11 +339,22 @@ def test_lost_weights_of_the_user(own, tmp_path):
     assert timm.create_model(key, pretrained=True)
 
 
-def test_one_file_of_a_name_is_kept(own, tmp_path):
-    for _ in range(3):
+def test_files_of_a_name_do_not_pile_up(own, tmp_path):
+    """The last one is kept, and the one before, which somebody may be reading."""
+    paths = []
+    for _ in range(4):
         torch.save(timm.create_model(MODEL).state_dict(), tmp_path / 'a.pth')
-        path = convert(tmp_path / 'a.pth', MODEL, install=True).installed
-    assert list((own / NAME).glob('*.safetensors')) == [path] == [store.find(NAME)]
+        paths.append(convert(tmp_path / 'a.pth', MODEL, install=True).installed)
+    assert sorted((own / NAME).glob('*.safetensors')) == sorted(paths[-2:]) and store.find(NAME) == paths[-1]
+
+
+def test_store_that_vanishes(own, tmp_path, monkeypatch):
+    torch.save(timm.create_model(MODEL).state_dict(), tmp_path / 'a.pth')
+    convert(tmp_path / 'a.pth', MODEL, install=True)
+    monkeypatch.setattr(store, 'file_sha256', lambda path: shutil.rmtree(own / NAME) or open(path))
+    with pytest.raises(WeightsError, match='is gone'):
+        store.find(NAME)
+    assert store.find(NAME) is None
 
 
 def test_incomplete_sources(own):

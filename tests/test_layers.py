@@ -32,6 +32,7 @@ from timm_smpconv.layers import (
     no_weight_decay,
 )
 from timm_smpconv.ops import dft, fft
+from timm_smpconv.ops.context import to_channels_last
 
 
 def spread(module):
@@ -554,11 +555,15 @@ def test_large_convolutions_of_other_networks(kind):
 def test_large_convolutions_keep_the_memory_format(make, x, last, backend):
     """Code around them may call view."""
     conv, x = make(), torch.randn(x)
-    if last and x.ndim == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
+    if last:  # or a sequence with its channels behind the steps
+        x = to_channels_last(x, x.dtype)
     for grad in (False, True):
         with torch.set_grad_enabled(grad), ops.use_backend(backend):
             wanted, y = conv(x), convert_large_convs(copy.deepcopy(conv))(x)
+        assert y.stride() == wanted.stride()
+        torch.testing.assert_close(y, wanted, rtol=1e-3, atol=1e-4)
+    for one in (x[0], x[0].transpose(-1, -2).contiguous().transpose(-1, -2)):  # without a batch
+        wanted, y = conv(one), convert_large_convs(copy.deepcopy(conv))(one)
         assert y.stride() == wanted.stride()
         torch.testing.assert_close(y, wanted, rtol=1e-3, atol=1e-4)
 
@@ -570,10 +575,13 @@ def test_causal_convolutions_that_are_changed(name, value):
     setattr(conv, name, value)
     block.small = conv
     for part in (conv, block):
-        with pytest.raises(ValueError, match='CausalConv1d has stride 1.* changed since'):
+        with pytest.raises(ValueError, match='CausalConv1d has stride 1.* have been changed to'):
             part(torch.randn(2, 4, 50))
     with pytest.raises(RuntimeError, match='cannot be reparameterized'):
         block.fuse()
+    conv = CausalConv1d(4, 4, 9)
+    conv.stride, conv.padding, conv.dilation = 1, 0, 1  # the same in other words
+    assert conv(torch.randn(2, 4, 50)).shape == (2, 4, 50)
 
 
 @pytest.mark.parametrize(
@@ -754,6 +762,7 @@ def test_wrapped_kernels_are_called(grad):
     layer.kernel = Gathering(layer.kernel)
     with torch.set_grad_enabled(grad):
         assert torch.equal(layer(x), wanted)
+    torch.testing.assert_close(layer.fuse()(x), wanted)
 
 
 class PeLKKernelOfSomebody(PeripheralKernel):

@@ -682,9 +682,12 @@ def test_output_that_is_a_file(data_dir, tmp_path):
         train(RECIPE, data_dir, tmp_path / 'file', progress=False)
 
 
-def test_loss_that_explodes(data_dir, tmp_path):
+@pytest.mark.parametrize('fields', [{}, dict(batch_size=20, val_images=5)])
+def test_loss_that_explodes(data_dir, tmp_path, fields):
+    """In a step, or only seen by the held-out samples."""
+    recipe = dataclasses.replace(RECIPE, lr=1e30, opt='sgd', warmup_epochs=0, **fields)
     with pytest.raises(FloatingPointError, match='lower lr'):
-        train(dataclasses.replace(RECIPE, lr=1e30, opt='sgd', warmup_epochs=0), data_dir, tmp_path, progress=False)
+        train(recipe, data_dir, tmp_path, progress=False)
 
 
 # recipes
@@ -953,8 +956,8 @@ def test_numbers_that_make_no_sense(fields):
 
 
 def test_options_without_effect():
-    for fields in (dict(time_mask=10, masks=0), dict(masks=2)):
-        with pytest.raises(ValueError, match='masks is the number of masks'):
+    for fields, words in ((dict(time_mask=10, masks=0), 'masks=0 leaves nothing'), (dict(masks=2), 'one of these too')):
+        with pytest.raises(ValueError, match=words):
             Recipe('smpconv_seq_speech', **fields)
     with pytest.raises(ValueError, match='leaves nothing to learn from kd_model_name'):
         Recipe(kd_model_name='smpconv_seq_mnist', task_loss_weight=1.0)

@@ -1,6 +1,5 @@
 """Sound files of any kind to the one second at 16 kHz that the speech networks hear."""
 
-import contextlib
 import dataclasses
 import io
 import wave
@@ -9,6 +8,8 @@ from typing import Any, Union
 
 import numpy as np
 import torch
+
+from ._text import one_line
 
 __all__ = ['RATE', 'Sound', 'decode_sound', 'load_second', 'resample']
 
@@ -41,12 +42,14 @@ def decode_sound(content: bytes, name: str) -> Sound:
     Raises:
         ValueError: It cannot be read, or soundfile is needed and not installed.
     """
+    problem = ''
     try:
         if content[:4] == b'RIFF':
-            # else floating point, another codec, or a header that is odd or damaged: soundfile reads more
-            with contextlib.suppress(wave.Error, EOFError):
+            try:
                 return _decode_wav(content)
-        soundfile = _soundfile(name)
+            except (wave.Error, EOFError) as e:  # floating point, another codec, or a header that is odd or damaged
+                problem = f' ({one_line(e)})'
+        soundfile = _soundfile(name, problem)
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             bits = {'PCM_S8': 8, 'PCM_U8': 8, 'PCM_16': 16, 'PCM_24': 24, 'PCM_32': 32}.get(file.subtype, 0)
             return Sound(file.read(file.frames, dtype='float32', always_2d=True), file.samplerate, bits)
@@ -63,8 +66,8 @@ def _decode_wav(content: bytes) -> Sound:
     bits = 8 * width
     header = content.find(b'fmt ') + 8
     block = int.from_bytes(content[header + 12 : header + 14], 'little')  # bytes of a sample of all channels
-    if channels and block > width * channels and block % channels == 0:  # what they have too many comes first
-        width = block // channels
+    if width == 3 and block == 4 * channels:  # 24 bits in the upper bytes of 32
+        width = 4
     if not rate or not channels or width not in (1, 2, 3, 4):
         raise wave.Error(f'{rate} Hz, {channels} channels, {8 * width} bits')
     data = data[: len(data) // (width * channels) * width * channels]  # a file that was cut off ends anywhere
@@ -80,11 +83,13 @@ def _decode_wav(content: bytes) -> Sound:
     return Sound(values.reshape(-1, channels), rate, bits)
 
 
-def _soundfile(name: str) -> Any:
+def _soundfile(name: str, problem: str) -> Any:
     try:
         import soundfile
     except (ImportError, OSError) as e:  # OSError: without the library that it wraps
-        raise ValueError(f'{name} is no plain WAV file: FLAC and other formats need pip install soundfile.') from e
+        raise ValueError(
+            f'{name} is no plain WAV file{problem}: FLAC and other formats need pip install soundfile.'
+        ) from e
     return soundfile
 
 

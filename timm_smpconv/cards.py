@@ -1,9 +1,9 @@
 """Texts made from the table of weights: the model table of the documents, and a card for each model on the Hub."""
 
 import json
-import re
 from typing import Any, Dict, List, NamedTuple, Optional
 
+import yaml
 from timm.models import split_model_name_tag
 from torch import nn
 
@@ -210,11 +210,9 @@ def _pipeline_tag(tag: str) -> str:
 
 def _metadata(architecture: str, tag: str, license: str, known: bool) -> List[str]:
     task = _pipeline_tag(tag)
-    # quoted where YAML would read something else
-    plain = re.fullmatch(r'[\w.+-]+', license)
     lines = [
         '---',
-        f'license: {license if plain else json.dumps(license)}',
+        f'license: {_as_yaml(license)}',
         'library_name: timm',
         f'pipeline_tag: {task}',
         'tags:',
@@ -223,6 +221,15 @@ def _metadata(architecture: str, tag: str, license: str, known: bool) -> List[st
     if tag in _DATASETS and known:
         lines += ['datasets:', f'- {_DATASETS[tag]}']
     return [*lines, '---']
+
+
+def _as_yaml(text: str) -> str:
+    """A text as YAML reads it again: quoted where it would be a number, a mapping or `no`."""
+    try:
+        is_plain = yaml.safe_load(text) == text
+    except yaml.YAMLError:
+        is_plain = False
+    return text if is_plain else json.dumps(text)
 
 
 def _use(model: nn.Module, tag: str, repo: str, family: _Family) -> List[str]:

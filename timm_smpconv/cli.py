@@ -107,7 +107,7 @@ def _main(argv: Optional[Sequence[str]]) -> int:
         _give_up_output()
         return _FAILED
     except OSError as e:  # a full disk, for one
-        _complain(f'cannot write its output: {one_line(e)}.')
+        _complain(one_line(e))
         _give_up_output()
         return _USAGE
 
@@ -322,14 +322,15 @@ def _predict(args: argparse.Namespace) -> int:
         leave=False,
         disable=len(args.files) <= 20 or not sys.stderr.isatty(),
     )
-    for result in bar:
-        results.append(result)
-        if result.error is not None:
-            _complain(f'cannot read {result.file}: {result.error}')
-        elif not args.json:
-            text = ', '.join(f'{p.label} ({100 * p.probability:.2f} %)' for p in result.predictions)
-            with tqdm.external_write_mode(sys.stdout):
-                print(f'{result.file}: {text}')
+    with _user_errors(FloatingPointError):
+        for result in bar:
+            results.append(result)
+            if result.error is not None:
+                _complain(f'cannot read {result.file}: {result.error}')
+            elif not args.json:
+                text = ', '.join(f'{p.label} ({100 * p.probability:.2f} %)' for p in result.predictions)
+                with tqdm.external_write_mode(sys.stdout):
+                    print(f'{result.file}: {text}')
     if args.json:
         print(json.dumps([_result_entry(result) for result in results], indent=2))
     return _FAILED if any(result.error is not None for result in results) else 0
@@ -377,7 +378,7 @@ def _row(info: ModelInfo) -> List[str]:
 
 
 def _validate(args: argparse.Namespace) -> int:
-    with _user_errors(ValueError, OSError):
+    with _user_errors(ValueError, OSError, FloatingPointError):
         with _own_weights(args.model):
             classes = timm.get_pretrained_cfg(architecture_of(args.model)).num_classes
             if args.confusion and classes > MAX_CLASSES and not parse_model_name(args.model)[0]:

@@ -206,7 +206,8 @@ def check_network_args(model: nn.Module, model_kwargs: Dict[str, Any]) -> None:
     """
     if not isinstance(model, LargeKernelNet):
         raise ValueError(f'model_kwargs={model_kwargs!r} make something else of the network.')
-    allowed = {*inspect.signature(type(model)).parameters, *getattr(model, '_traits', {})} - {'device', 'dtype'}
+    allowed = {*inspect.signature(type(model)).parameters} - {'device', 'dtype'}
+    allowed |= {'img_size'} if model.pretrained_cfg.get('fixed_input_size') else set()
     others = [key for key in model_kwargs if key not in allowed]
     if others:
         raise ValueError(
@@ -288,10 +289,10 @@ def config_text(model: nn.Module, model_kwargs: Dict[str, Any], unknown_normalis
     with tempfile.TemporaryDirectory() as folder:
         save_config_for_hf(model, Path(folder) / 'config.json')
         config = json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8'))
-    # nothing but the differences; num_classes has a place of its own, and transformers passes it too
     names = config['pretrained_cfg'].pop('label_names', None)
     if names:  # where transformers looks for them
         config['label_names'] = names
+    # nothing but the differences; num_classes has a place of its own, and transformers passes it too
     config['model_args'] = {key: value for key, value in model_kwargs.items() if key != 'num_classes'}
     if unknown_normalisation:
         config[NOT_NORMALISED_BY_US] = True

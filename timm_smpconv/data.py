@@ -74,7 +74,6 @@ _TRAJECTORY_COUNTS = dict(train=1422, test=1436)
 _RECORDING = re.compile(r'(?:.*/)?([a-z]+)/([^/]+)_nohash_(\d+)\.(wav|flac)')
 _CIFAR10_IMAGE = re.compile(r'(?:.*/)?(train|test)/([a-z]+)/([^/\\:]+)\.(png|jpg|jpeg)')
 _BROKEN_ARCHIVE = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError)
-_UNREADABLE_ZIP = (RuntimeError, NotImplementedError)  # encrypted, or packed in a way of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -506,7 +505,7 @@ def _load(
 def _read_zipped(archive: zipfile.ZipFile, name: str) -> bytes:
     try:
         return archive.read(name)
-    except _UNREADABLE_ZIP as e:
+    except RuntimeError as e:  # encrypted, or packed in a way of its own
         raise ValueError(f'{name} in {archive.filename} cannot be read ({one_line(e)}).') from e
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
@@ -169,7 +168,8 @@ def check_inputs(name: str, checkpoint_path: Optional[Union[str, Path]] = None, 
     if file is None or not file.is_file():  # of which loading it says more
         return
     try:
-        said, own = bool(carried_settings(file)), records_settings(file)
+        beside = bool(checkpoint_path or parse_model_name(name)[0])
+        said, own = bool(carried_settings(file, beside=beside)), records_settings(file)
     except CheckpointError:  # so too
         return
     if step_statistics and own:
@@ -296,6 +296,9 @@ def predict_files(
 
     Yields:
         One result for each file, in their order; a file that cannot be read has its error in place of predictions.
+
+    Raises:
+        FloatingPointError: The weights give outputs that are not finite.
     """
     read = _reader(model, invert)
     names = class_names(model)
@@ -312,12 +315,14 @@ def predict_files(
         readable: Iterator[Any] = iter(())
         if inputs:
             probabilities, indices = model(torch.stack(inputs)).softmax(1).topk(min(topk, len(names)))
+            if not probabilities.isfinite().all():
+                raise FloatingPointError('The outputs of the network are not finite: its weights are damaged.')
             readable = zip(probabilities.tolist(), indices.tolist())
         for i, file in enumerate(chunk):
-            found = [] if i in errors else [Prediction(names[j], j, p) for p, j in zip(*next(readable))]
-            if any(math.isnan(prediction.probability) for prediction in found):
-                found, errors[i] = [], 'The outputs of the network are not finite: its weights are damaged.'
-            yield FileResult(file, found, errors.get(i))
+            if i in errors:
+                yield FileResult(file, [], errors[i])
+            else:
+                yield FileResult(file, [Prediction(names[j], j, p) for p, j in zip(*next(readable))])
 
 
 def _one_line(error: Exception) -> str:

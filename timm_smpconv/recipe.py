@@ -148,10 +148,11 @@ class Recipe:
             raise ValueError('initial_sample_rate is that of the network in initial_checkpoint: give that too.')
         if self.erase_size != Recipe.erase_size and not self.augment:
             raise ValueError('erase_size is of the squares that augment erases: leave one of them as it is.')
-        if (self.masks > 1 and not (self.time_mask or self.freq_mask)) or (
-            self.masks == 0 and (self.time_mask or self.freq_mask)
-        ):
-            raise ValueError('masks is the number of masks of time_mask and freq_mask: give all of them, or none.')
+        is_masked = bool(self.time_mask or self.freq_mask)
+        if self.masks != Recipe.masks and not is_masked:
+            raise ValueError('masks is the number of masks of time_mask and freq_mask: give one of these too.')
+        if self.masks == 0 and is_masked:
+            raise ValueError('masks=0 leaves nothing of time_mask and freq_mask: leave them out, or masks.')
         if self.kd_model_name and self.task_loss_weight == 1:
             raise ValueError('task_loss_weight=1 leaves nothing to learn from kd_model_name: leave out that.')
         if self.task_loss_weight != Recipe.task_loss_weight and not self.kd_model_name:

@@ -135,8 +135,9 @@ def find(name: str, by_hand: bool = False) -> Optional[Path]:
     except FileNotFoundError:
         if entry is None:
             return None
-        if _read_entry(folder) != entry:  # others were installed in the meantime
-            return find(name, by_hand)
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            if _read_entry(folder) != entry:  # others were installed in the meantime
+                return find(name, by_hand)
         if entry.by_hand is True:
             raise _lost(name, folder, f'{path} is gone') from None
         return None
@@ -192,12 +193,16 @@ def install(name: str, weights: Path, source: str, source_sha256: str, by_hand: 
     try:
         with atomic_path(path) as part:
             shutil.copyfile(weights, part)
+        kept = {path.name}
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            kept.add(_read_entry(folder).file)  # which another process may be about to read
         write_text(folder / _ENTRY, json.dumps(dataclasses.asdict(entry), indent=2) + '\n')
-        for old in folder.glob('*.safetensors'):  # hundreds of megabytes each
-            if old != path:
-                old.unlink(missing_ok=True)
     except OSError as e:
         raise _unwritable(name, folder, e) from e
+    for old in folder.glob('*.safetensors'):  # hundreds of megabytes each
+        if old.name not in kept:
+            with contextlib.suppress(OSError):  # open in another program, on Windows
+                old.unlink()
     return path
 
 

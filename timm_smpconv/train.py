@@ -207,7 +207,7 @@ class _Run:
             self.model.load_state_dict(fit_checkpoint(checkpoint, self.model, str(start), adapt))
             self.model.pretrained_cfg.update(carried)
         else:
-            carried = carried_settings(start)
+            carried = carried_settings(start, beside=False)
         if not carried and task.stepwise:
             _logger.warning(
                 '%s does not say how its inputs were normalised: here each channel is, over all time steps. The '
@@ -222,8 +222,8 @@ class _Run:
             self.optimizer = create_optimizer_v2(
                 self.model, recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, **recipe.opt_kwargs
             )
-            if getattr(self.optimizer, 'is_second_order', False):
-                raise ValueError(f'opt={recipe.opt!r} needs second derivatives, which are not computed.')
+        if getattr(self.optimizer, 'is_second_order', False):
+            raise ValueError(f'opt={recipe.opt!r} needs second derivatives, which are not computed.')
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             'cosine',
@@ -425,7 +425,12 @@ def train(
             _train_epoch(run, task, samples, order, recovery_interval, bar)
             accuracy = None
             if len(held):
-                predictions = evaluate(run.final, held, task, progress=progress and sys.stderr.isatty())
+                try:
+                    predictions = evaluate(run.final, held, task, progress=progress and sys.stderr.isatty())
+                except FloatingPointError as e:
+                    raise FloatingPointError(
+                        f'The outputs of the network are not finite after step {run.step}: lower lr, or set clip_grad.'
+                    ) from e
                 accuracy = (predictions == held.labels).float().mean().item()
             run.end_epoch(accuracy)
             run.save()

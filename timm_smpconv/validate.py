@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Union
 
@@ -28,6 +29,7 @@ from .weights import design_effect, wilson
 __all__ = ['Measurement', 'evaluate', 'predict_classes', 'usable_device', 'validate']
 
 _logger = logging.getLogger(__name__)
+_NO_IMAGES = {'.mpg', '.mpeg', '.bufr', '.grib', '.h5', '.hdf'}  # which Pillow only recognises
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ def predict_classes(
         Predictions and labels, (N,).
 
     Raises:
-        ValueError: An output is not finite.
+        FloatingPointError: An output is not finite.
     """
     predictions, labels = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
     device = next(model.parameters()).device
@@ -101,7 +103,7 @@ def predict_classes(
         for x, target in batches:
             logits = model(x.to(device))
             if not logits.isfinite().all():
-                raise ValueError('The outputs of the network are not finite: its weights, or its inputs, are damaged.')
+                raise FloatingPointError('The outputs of the network are not finite: its weights are damaged.')
             predictions.append(logits.argmax(1).cpu())
             labels.append(target)
             hits += int((predictions[-1] == target).sum())
@@ -166,6 +168,7 @@ def validate(
             does, or for weights of this package.
         FileNotFoundError: The data are not there.
         WeightsError: The model has no weights.
+        FloatingPointError: Its weights give outputs that are not finite.
     """
     device, task = usable_device(device), task_of(architecture_of(name))
     own = _own_classes(name)
@@ -238,12 +241,10 @@ class _Images(Dataset):
         self.transform: Optional[Callable[[Image.Image], Any]] = None
         self.channels = channels
         self.samples: List[Tuple[Path, int]] = []
-        suffixes = Image.registered_extensions()
+        suffixes = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN} - _NO_IMAGES
         others = 0
         for name in sorted(classes.keys() & {path.name for path in folder.iterdir()}):
-            for path in sorted((folder / name).rglob('*')):
-                if path.is_dir() or path.name.startswith('.'):
-                    continue
+            for path in _visible_files(folder / name):
                 if path.suffix.lower() in suffixes:
                     self.samples.append((path, classes[name]))
                 else:
@@ -263,6 +264,19 @@ class _Images(Dataset):
         except Exception as e:  # Pillow fails in any way on damaged files
             raise ValueError(f'{path} is no readable image ({one_line(e)}): remove or replace it.') from e
         return self.transform(image) if self.transform else image, label
+
+
+def _visible_files(folder: Path) -> List[Path]:
+    """All files in a folder, the folders within it and those that links lead to, but for what systems hide in them."""
+    found: List[Path] = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        found += [Path(place, name) for name in files if not _is_hidden(name)]
+    return sorted(found)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith('.') or name == '__MACOSX'
 
 
 def _own_classes(name: str) -> Optional[List[str]]:
@@ -295,7 +309,7 @@ def _image_folder(name: str, own: Optional[List[str]], root: Path) -> _Images:
         if not folder.is_dir():
             continue
         folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        found = [label for label in folders if not label.startswith('.') and label != '__MACOSX']
+        found = [label for label in folders if not _is_hidden(label)]
         if not set(found) & set(known):
             continue
         strange = [label for label in found if label not in indices]

@@ -77,7 +77,7 @@ class _RenderedConv(DropsCaches):
         compute_weights(self)
         with torch.no_grad():
             weight = self.render_kernel().clone()  # which the layer may keep
-            return self.to_conv(with_all_taps(weight, self.kernel.kernel_size), self.bias)
+            return self.to_conv(with_all_taps(weight, self.kernel), self.bias)
 
 
 @register_notrace_module

@@ -421,10 +421,16 @@ class SMPKernel(RenderedKernel):
         )
 
 
-def with_all_taps(kernel: torch.Tensor, kernel_size: Sequence[int]) -> torch.Tensor:
-    """A kernel, (out_chs, in_chs, *taps), with zeros for the leading taps that it may lack if it is causal."""
-    missing = kernel_size[0] - kernel.shape[2]
-    return F.pad(kernel, (missing, 0)) if kernel.ndim == 3 and missing > 0 else kernel
+def with_all_taps(kernel: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """A kernel, (out_chs, in_chs, *taps), with zeros for the leading taps that it may lack.
+
+    Args:
+        kernel: As `for_convolution` gives it, perhaps folded with more.
+        module: What has rendered it.
+    """
+    if not isinstance(module, SMPKernel) or not module.causal:
+        return kernel
+    return F.pad(kernel, (max(module.kernel_size[0] - kernel.shape[2], 0), 0))
 
 
 def no_weight_decay(module: nn.Module) -> Set[str]:

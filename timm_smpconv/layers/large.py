@@ -22,8 +22,8 @@ class _LargeConv(DropsCaches):
     """A convolution of torch.nn, dense or depthwise, with outputs as large as its inputs, that goes through `ops`.
 
     Attributes:
-        keeps_format: Outputs have the memory format of the inputs, as other code may rely on; else that in which they
-            have come.
+        keeps_format: Outputs have the memory format that torch gives them, as other code may rely on; else that in
+            which they have come.
     """
 
     keeps_format = False
@@ -44,7 +44,9 @@ class _LargeConv(DropsCaches):
         if not is_same(self):  # code can change attributes
             return self._conv_forward(x, weight, self.bias)
         y = self._same(x, weight, self._kept.keep(weight))
-        return in_format(y, is_channels_last(x)) if self.keeps_format and not is_exporting() else y
+        if not self.keeps_format or is_exporting():
+            return y
+        return in_format(y, x.ndim == 4 and is_channels_last(x))  # torch's is of batches of maps alone
 
     @torch.jit.unused
     def _same(self, x: torch.Tensor, weight: torch.Tensor, keep: Any) -> torch.Tensor:
@@ -184,15 +186,16 @@ class CausalConv1d(DropsCaches, nn.Conv1d):
     @torch.jit.unused
     def is_causal(self) -> bool:
         """Whether it still is: code can change attributes."""
-        now = self.stride, self.padding, self.dilation, self.padding_mode
-        return now == ((1,), (0,), (1,), 'zeros')
+        stride, padding, dilation = (to_ntuple(1)(value) for value in (self.stride, self.padding, self.dilation))
+        return (stride, padding, dilation, self.padding_mode) == ((1,), (0,), (1,), 'zeros')
 
     @torch.jit.unused
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
         if not self.is_causal():
             raise ValueError(
-                f'CausalConv1d has stride 1, padding 0 and dilation 1, got {self}, changed since: torch.nn has layers '
-                f'for others.'
+                f'CausalConv1d has stride 1, padding 0 and dilation 1 with zeros, which have been changed to '
+                f'{self.stride}, {self.padding} and {self.dilation} with {self.padding_mode}: torch.nn has layers for '
+                f'others.'
             )
         weight = self._reached_taps()
         convolve = ops.causal_conv1d if self.groups == 1 else ops.depthwise_causal_conv1d

@@ -1,6 +1,6 @@
 """Blocks that train as several linear operations and deploy as one."""
 
-from typing import Hashable, Optional, Sequence, Tuple, Type, Union
+from typing import Hashable, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,7 @@ class ConvNorm(ConvNormAct):
         conv.weight.data, conv.bias.data = weight.to(old.weight), bias.to(old.weight)
         if isinstance(old, LargeConv2d):
             convert_large_convs(conv, min_size=1)
+            conv.keeps_format = old.keeps_format
         self.conv, self.bn = like_module(conv, self), norm.act
 
 
@@ -182,22 +183,21 @@ class _RepSMPConv(DropsCaches):
                 f'{self.large.dilation}, and be causal only if that is, got {self.small}.'
             )
         with torch.no_grad():
-            kernel = self.large.render_kernel()
-            return like_module(self._fold(kernel, self.large.kernel.kernel_size), self)
+            weight, bias = self._fold(self.large.render_kernel())
+            return like_module(self.large.to_conv(with_all_taps(weight, self.large.kernel), bias), self)
 
     @torch.jit.unused
     def _fold_reached(self) -> nn.Module:
         # causal kernels without the leading taps that no point reaches: less to fold and to convolve
-        kernel = self.large.kernel.render_reached()
-        return self._fold(kernel, kernel.shape[2:]).requires_grad_(False)
+        return self.large.to_conv(*self._fold(self.large.kernel.render_reached())).requires_grad_(False)
 
     @torch.jit.unused
-    def _fold(self, kernel: torch.Tensor, kernel_size: Sequence[int]) -> nn.Module:
-        """The plain convolution with the sum of both branches, whose large kernel may lack leading taps."""
+    def _fold(self, kernel: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the sum of both branches; of the large kernel leading taps may be missing."""
         weight, bias = fold_norm_into_previous(kernel, self.large.bias, self.large_norm)
         small, small_bias = fold_norm_into_previous(self.small.weight, self.small.bias, self.small_norm)
         total = _add_small(weight, small, causal=kernel.ndim == 3)
-        return self.large.to_conv(with_all_taps(total.to(kernel), kernel_size), bias + small_bias)
+        return total.to(kernel), bias + small_bias
 
 
 def _to_channels_last(x: torch.Tensor) -> torch.Tensor:

@@ -125,7 +125,7 @@ def build(
             model.pretrained_cfg['num_classes'] = shape[0]
         if deployed:
             state_dict = _deploy(state_dict, model)
-            model.to(kwargs.get('dtype'))
+            model.to(kwargs.get('dtype') or torch.get_default_dtype())
         if kwargs.get('pretrained_strict', True):
             _check_complete(state_dict, model)
         return state_dict

@@ -56,7 +56,7 @@ class _PreNormBlock(nn.Module):
             if can_take_norm(self.pw1.conv):
                 fold_norm_into_next(self.norm, self.pw1.conv)
                 self.norm = nn.Identity().train(self.training)
-            else:  # its own norm has been replaced by one that stays
+            else:  # its own norm is one that stays, or its weight is computed in each call
                 self.norm = norm_to_conv(self.norm)
 
     def _branch(self, x: torch.Tensor) -> torch.Tensor:
