@@ -284,10 +284,12 @@ def test_larger_shapes_in_all_dtypes(backend, dtype, op, channels, spatial, taps
 @pytest.mark.parametrize('channels', [5, 32])
 @pytest.mark.parametrize('size', [(6, 6), (4, 5), (6, 4)])
 @pytest.mark.parametrize('avx512', [False, True])
-def test_direct_depthwise_of_middle_size(avx512, size, channels, dtype, autocast, monkeypatch):
+@pytest.mark.parametrize('last', [False, True])
+def test_direct_depthwise_of_middle_size(avx512, last, size, channels, dtype, autocast, monkeypatch):
     """Rows and columns, 9 to 13 of them, for which the direct backend knows better than torch; on any processor."""
     monkeypatch.setattr(direct, '_AVX512', avx512)
     x, weight, bias = make_case('depthwise', 2, channels, channels, (17, 20), size, dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
     weight = weight / weight[0].numel() ** 0.5
     with ops.use_backend('reference'):
         wanted = with_gradients(ops.depthwise_conv2d, [a.double() for a in (x, weight, bias)])

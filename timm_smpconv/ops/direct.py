@@ -10,8 +10,9 @@ from .context import Keep, full_precision, is_channels_last, is_trained, is_tran
 __all__ = ['MULTIPLIES_BFLOAT16', 'correlate']
 
 _MANY_TAPS = 100  # from which depthwise convolutions in half precision are faster in float32, conversions included
-# with AVX-512, torch takes two to three times as long for depthwise kernels of 11 or 13 columns as for 15
-_SLOW_WIDTHS, _FAST_WIDTH = (11, 13), 15
+# with AVX-512, torch is as fast on contiguous maps as on channels_last ones up to so many columns of taps, and takes
+# two to three times as long on channels_last ones for 11 or 13 columns as for 15
+_FEW_COLUMNS, _SLOW_WIDTHS, _FAST_WIDTH = 13, (11, 13), 15
 _AVX512 = torch.backends.cpu.get_cpu_capability() == 'AVX512'
 # with AMX, a convolution of sequences in bfloat16 came out wrong, most of it zeros (torch 2.11; 2 channels, 64 taps)
 _AMX = getattr(torch.cpu, '_is_amx_tile_supported', lambda: True)()
@@ -54,8 +55,6 @@ def _depthwise(
     bias: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """Depthwise convolution of a map with zeros before its rows and columns (left) and behind them (right)."""
-    # on a CPU, torch is some twenty times faster on channels_last maps than on contiguous ones
-    x = x if is_transformed() else x.contiguous(memory_format=torch.channels_last)
     # half precision is slow with many taps, which are multiplied in pairs with zeros, and in float16, and bfloat16
     # hangs except for whole vectors of channels (torch 2.15)
     if x.dtype in (torch.float16, torch.bfloat16) and (
@@ -67,12 +66,21 @@ def _depthwise(
         with full_precision(x):  # autocast would undo it
             bias = None if bias is None else bias.float()
             return _depthwise(x.float(), weight.float(), left, right, bias).to(x.dtype)
-    if _AVX512 and x.dtype == torch.float32 and weight.shape[3] in _SLOW_WIDTHS:
-        zeros = (_FAST_WIDTH - weight.shape[3]) // 2
-        weight = F.pad(weight, (zeros, zeros))
-        left, right = (left[0], left[1] + zeros), (right[0], right[1] + zeros)
+    if not is_transformed() and not _is_fast_contiguous(x, weight):
+        # torch is some twenty times faster than on contiguous maps
+        x = x.contiguous(memory_format=torch.channels_last)
+        if _AVX512 and x.dtype == torch.float32 and weight.shape[3] in _SLOW_WIDTHS:
+            zeros = (_FAST_WIDTH - weight.shape[3]) // 2
+            weight = F.pad(weight, (zeros, zeros))
+            left, right = (left[0], left[1] + zeros), (right[0], right[1] + zeros)
     x, padding = _pad(x, left, right)
     return F.conv2d(x, weight, bias, padding=padding, groups=x.shape[1])
+
+
+def _is_fast_contiguous(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    if not _AVX512 or x.dtype != torch.float32 or weight.shape[3] > _FEW_COLUMNS:
+        return False
+    return not torch.compiler.is_compiling() and x.is_contiguous()  # in a backward pass torch 2.6 cannot compile that
 
 
 def _pad(x: torch.Tensor, left: Sequence[int], right: Sequence[int]) -> Tuple[torch.Tensor, List[int]]:
