@@ -26,7 +26,6 @@ from timm_smpconv.catalog import model_names
 from timm_smpconv.checkpoint import ancestors
 from timm_smpconv.classes import CIFAR10, SPEECH_WORDS
 from timm_smpconv.cli import main
-from timm_smpconv.confusion import draw_confusion
 from timm_smpconv.convert import convert
 from timm_smpconv.data import speaker_number
 from timm_smpconv.predict import check_inputs, class_names, load_image, load_model, predict_files
@@ -516,26 +515,6 @@ def test_validate(capsys, tmp_path, data, name):
     assert status == 0 and f'{entry["hits"]} of 20 test samples' in out
     with Image.open(picture) as image:
         assert image.format == 'PNG' and min(image.size) > 500 and len(image.convert('L').getcolors()) > 3
-
-
-def test_confusion_picture(tmp_path):
-    """Rows are true classes and columns predicted ones, right is blue and wrong is red, by the share of the row."""
-    confusion = torch.tensor([[8, 0, 0], [3, 1, 0], [0, 0, 2]])
-    draw_confusion(confusion, ['a', 'b', 'c'], 'three classes', tmp_path / 'picture.png')
-    pixels = np.asarray(Image.open(tmp_path / 'picture.png')).astype(int)
-    grid = (pixels == (205, 205, 205)).all(-1)
-    rows, columns = ((grid.sum(axis) > 100).nonzero()[0] for axis in (1, 0))  # of its lines
-    assert len(rows) == len(columns) == 4
-    colours = {}
-    for i in range(3):
-        for j in range(3):
-            cell = pixels[rows[i] + 1 : rows[i + 1], columns[j] + 1 : columns[j + 1]]
-            colours[i, j] = red, green, blue = tuple(cell[2, 2])
-            number = int(confusion[i, j])
-            assert ((cell != cell[2, 2]).any(-1).sum() > 5) == (number > 0)  # written into it
-            wanted = (blue > red and blue > green) if i == j else (red > blue and red > green)
-            assert wanted if number else (red, green, blue) == (255, 255, 255)
-    assert colours[0, 0] == colours[2, 2] != colours[1, 1] and sum(colours[0, 0]) < sum(colours[1, 1])
 
 
 @pytest.mark.parametrize('name', ['smpconv_seq_speech', 'smpconv_seq_speech_raw', 'smpconv_seq_chartraj'])

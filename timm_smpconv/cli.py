@@ -18,10 +18,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ._text import one_line
 from .catalog import ModelInfo, check_known, describe_models
-from .confusion import MAX_CLASSES, draw_confusion
 from .convert import convert
 from .data import DATA_SETS, prepare
 from .factory import architecture_of
+from .kernels import LayerKernel, find_kernels
+from .pictures import MAX_CLASSES, draw_confusion, draw_kernels
 from .predict import FileResult, check_inputs, check_takes_files, load_model, predict_files
 from .publish import push, verify
 from .recipe import Recipe, field_texts, read_recipe
@@ -37,7 +38,7 @@ _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 _DEFAULT_MODEL = 'smpconv_seq_mnist'
 _MAX_THREADS = 1024
 _TAKERS = {'opt_kwargs': 'optimizer', 'model_kwargs': 'model'}
-_NUMBERS = ('params', 'GMACs', 'measured', 'paper')  # columns of `list` that are aligned to the right
+_SHARES = (50, 90, 99)  # of a kernel, in percent, whose reach is told
 
 
 class _CommandError(Exception):
@@ -148,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--json', action='store_true', help='print one JSON array')
 
     _add_validate(commands)
+    _add_kernels(commands)
     _add_data(commands)
     _add_train(commands)
     _add_convert(commands)
@@ -181,6 +183,24 @@ def _add_validate(commands: Any) -> None:
     command.add_argument('--device', default='cpu', help='default: cpu')
     command.add_argument('--confusion', metavar='FILE.png', help='draw which classes are taken for which')
     command.add_argument('--json', action='store_true', help='print a JSON object')
+
+
+def _add_kernels(commands: Any) -> None:
+    command = commands.add_parser(
+        'kernels',
+        help='show the large kernels',
+        description='Tell how far the large kernels of a model with its weights reach, layer by layer, and draw them.',
+    )
+    command.set_defaults(run=_kernels)
+    _add_model(command)
+    command.add_argument(
+        '--deployed', action='store_true', help='with the small kernels beside them and the norms behind them folded in'
+    )
+    command.add_argument('--picture', metavar='FILE.png', help='draw points and kernels')
+    command.add_argument(
+        '--count', type=_positive, default=6, metavar='N', help='kernels of each layer to draw (default: 6)'
+    )
+    command.add_argument('--json', action='store_true', help='print one JSON array')
 
 
 def _add_data(commands: Any) -> None:
@@ -349,10 +369,7 @@ def _list(args: argparse.Namespace) -> int:
         return 0
     head = ['model', 'params', 'GMACs', 'input', 'weights', 'trained on', 'measured', 'paper', 'source of the weights']
     table = [head] + [_row(info) for info in infos]
-    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-    for row in table:
-        cells = [c.rjust(w) if head[i] in _NUMBERS else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))]
-        print('  '.join(cells).rstrip())
+    _print_table(table, ('params', 'GMACs', 'measured', 'paper'))
     print()
     print(
         'GMACs: multiply-adds of convolutions and linear layers but the classifier, for one input, both branches and '
@@ -361,6 +378,14 @@ def _list(args: argparse.Namespace) -> int:
     print('measured, paper: top-1 accuracy in percent, of the bundled weights here and of the authors in their paper.')
     print('Links to the files that the authors published: timm-smpconv list --json. Load one with --checkpoint-path.')
     return 0
+
+
+def _print_table(table: List[List[str]], numbers: Sequence[str]) -> None:
+    """Prints rows below a head, with the columns of these names aligned to the right."""
+    head, widths = table[0], [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    for row in table:
+        cells = [c.rjust(w) if head[i] in numbers else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))]
+        print('  '.join(cells).rstrip())
 
 
 def _row(info: ModelInfo) -> List[str]:
@@ -405,6 +430,45 @@ def _validate(args: argparse.Namespace) -> int:
         with _user_errors(ValueError, OSError):
             draw_confusion(result.confusion, result.names, f'{args.model}: {summary}', Path(args.confusion))
     return 0
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    with _user_errors(ValueError), _own_weights(args.model):
+        model = load_model(args.model, args.checkpoint_path, inference_mode=args.deployed)
+    layers = list(find_kernels(model, args.count))
+    if args.json:
+        print(json.dumps([_kernel_entry(layer) for layer in layers], indent=2))
+    else:
+        head = ['layer', 'taps', 'filters', 'idle', 'points', *(f'{share} %' for share in _SHARES)]
+        table = [head]
+        for layer in layers:
+            taps, filters = (' x '.join(str(n) for n in part) for part in (layer.shape[2:], layer.shape[:2]))
+            points = '-' if layer.num_points is None else str(layer.num_points)
+            reach = [str(layer.reach(share / 100)) for share in _SHARES]
+            table.append([layer.name, taps, filters, str(layer.num_idle), points, *reach])
+        _print_table(table, head[3:])
+        print()
+        print(
+            'filters: number x channels of one. idle: filters of which training has left nothing. points: of a filter. '
+            '50 %: taps that hold half of a kernel, by the sum of absolute values: side of a window around the middle '
+            'or, of causal kernels, the latest steps.'
+        )
+    if args.picture:
+        with _user_errors(ValueError, OSError):
+            draw_kernels(layers, f'{args.model}: large kernels', Path(args.picture))
+    return 0
+
+
+def _kernel_entry(layer: LayerKernel) -> Dict[str, Any]:
+    reach = {str(share): layer.reach(share / 100) for share in _SHARES}
+    return dict(
+        layer=layer.name,
+        shape=layer.shape,
+        idle_filters=layer.num_idle,
+        points=layer.num_points,
+        causal=layer.causal,
+        taps_that_hold_percent=reach,
+    )
 
 
 def _data(args: argparse.Namespace) -> int:

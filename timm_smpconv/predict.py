@@ -106,12 +106,13 @@ def _input_size(name: str) -> Tuple[int, ...]:
     return timm.get_pretrained_cfg(name).input_size
 
 
-def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None) -> nn.Module:
-    """Builds a model with its weights, in deployed form and eval mode.
+def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None, inference_mode: bool = True) -> nn.Module:
+    """Builds a model with its weights, in eval mode.
 
     Args:
         name: `name` or `name.tag` of a model of this package, `hf-hub:ORG/NAME` or `local-dir:FOLDER`.
         checkpoint_path: Weights to use in place of the model's own: of this package, deployed or not, or the authors'.
+        inference_mode: In deployed form; else as it was trained, which wants weights of that form.
 
     Raises:
         ValueError: The model is unknown, or the checkpoint cannot be loaded.
@@ -119,7 +120,7 @@ def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None) ->
     """
     architecture_of(name)
     if checkpoint_path is None:
-        return create_model(name, pretrained=True, inference_mode=True).eval()
+        return create_model(name, pretrained=True, inference_mode=inference_mode).eval()
     if parse_model_name(name)[0]:
         raise ValueError(f'{name} brings its own weights: leave out checkpoint_path, or name the model alone.')
     path = Path(checkpoint_path)
@@ -137,7 +138,8 @@ def load_model(name: str, checkpoint_path: Optional[Union[str, Path]] = None) ->
                 f'timm.create_model("local-dir:{path.parent}", pretrained=True).'
             )
         overlay = dict(state_dict=checkpoint, **carried)
-        model = timm.create_model(name, pretrained=True, inference_mode=True, pretrained_cfg_overlay=overlay).eval()
+        settings = dict(inference_mode=inference_mode, pretrained_cfg_overlay=overlay)
+        model = timm.create_model(name, pretrained=True, **settings).eval()
         model.pretrained_cfg.pop('state_dict', None)  # the configuration would keep a second copy
         return model
     except Exception as e:  # unpickling and conversion of a file of unknown contents fail in any way
