@@ -45,7 +45,7 @@ def test_plain_path_computes_the_same(name, train, make_plain):
 
 def test_script_runs(tmp_path):
     path = tmp_path / 'results.csv'
-    command = [sys.executable, str(RUN), '--cases', 'op-infer-768', '--repeats', '1', '--threads', '1']
+    command = [sys.executable, str(RUN), '--cases', 'op-infer-768x7x7', '--repeats', '1', '--threads', '1']
     result = subprocess.run(command + ['--csv', str(path)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     with open(path, newline='') as f:

@@ -14,7 +14,7 @@ import torch
 import timm_smpconv
 from timm_smpconv.catalog import model_names
 from timm_smpconv.classes import CIFAR10
-from timm_smpconv.layers import LargeConv2d
+from timm_smpconv.layers import LargeConv2d, SMPConv2d
 from timm_smpconv.predict import load_model, predict_files
 from timm_smpconv.weights import WEIGHTS
 
@@ -175,6 +175,14 @@ def test_layers_in_the_readme():
     grid = names['peripheral'].kernel
     assert (grid.weights.shape, grid.small.shape) == ((64, 1, 13, 13), (64, 1, 5, 5))
     assert names['causal'](torch.randn(2, 1, 784)).shape == (2, 30, 784)
+
+
+@torch.inference_mode()
+def test_moving_points_in_another_network_in_the_readme():
+    names = {}
+    exec(_python_block('SMPConv2d(channels'), names)
+    kinds = [type(m) for m in names['deployed'].modules()]
+    assert kinds.count(LargeConv2d) == 18 and SMPConv2d not in kinds
 
 
 def test_another_network_in_the_readme():

@@ -1,6 +1,8 @@
 """Kernels of networks: how far they reach, and what pictures of them show."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,9 @@ from timm_smpconv.cli import main
 from timm_smpconv.kernels import LayerKernel, find_kernels
 from timm_smpconv.layers import PeripheralConv2d, SMPConv1d, SMPConv2d
 from timm_smpconv.pictures import draw_confusion, draw_kernels, paint
+from timm_smpconv.weights import WEIGHTS
+
+DOCS = Path(__file__).resolve().parents[1] / 'docs' / 'kernels.md'
 
 LINE = (205, 205, 205)
 
@@ -223,6 +228,26 @@ def test_command(capsys, tmp_path, deployed):
     assert status == 0 and lines[0].split()[:3] == ['layer', 'taps', 'filters']
     for line, entry in zip(lines[1:], entries):
         assert line.split()[0] == entry['layer'] and line.split()[-1] == str(entry['taps_that_hold_percent']['99'])
+
+
+def test_documentation(tmp_path, monkeypatch, capsys):
+    """The block of docs/kernels.md runs; the numbers of its table are those of the weights."""
+    text = DOCS.read_text()
+    (block,) = re.findall(r'^```python\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    assert len(capsys.readouterr().out.splitlines()) == 12 and (tmp_path / 'kernels.png').stat().st_size > 10_000
+    rows = re.findall(r'^\| (smpconv_\w+) \| ([\w.]+) \| ([\d x]+) \| (.*) \|$', text, re.MULTILINE)
+    assert {row[0] for row in rows} == {name.split('.')[0] for name, entry in WEIGHTS.items() if entry.bundled}
+    for model, name, taps, numbers in rows:
+        if model == 'smpconv_seq_speech_raw':  # takes seconds
+            continue
+        found = find_kernels(timm.create_model(model, pretrained=True))
+        layer = next(layer for layer in found if layer.name == name)
+        assert taps == ' x '.join(str(k) for k in layer.shape[2:])
+        said = [f'{layer.num_idle} of {layer.shape[0]}', *(str(layer.reach(share)) for share in (0.5, 0.9, 0.99))]
+        assert numbers == ' | '.join(said), (model, name)
+    assert all((DOCS.parent / path).is_file() for path in re.findall(r'!\[.*?\]\((.*?)\)', text))
 
 
 def test_command_on_a_checkpoint(capsys, tmp_path):

@@ -10,8 +10,8 @@ from .context import Keep, full_precision, is_channels_last, is_trained, is_tran
 __all__ = ['MULTIPLIES_BFLOAT16', 'correlate']
 
 _MANY_TAPS = 100  # from which depthwise convolutions in half precision are faster in float32, conversions included
-# with AVX-512, torch is as fast on contiguous maps as on channels_last ones up to so many columns of taps, and takes
-# two to three times as long on channels_last ones for 11 or 13 columns as for 15
+# with AVX-512, torch on contiguous maps takes less time up to so many columns of taps than on channels_last ones and
+# for copies into that format, and takes two to three times as long on channels_last ones for 11 or 13 columns as for 15
 _FEW_COLUMNS, _SLOW_WIDTHS, _FAST_WIDTH = 13, (11, 13), 15
 _AVX512 = torch.backends.cpu.get_cpu_capability() == 'AVX512'
 # with AMX, a convolution of sequences in bfloat16 came out wrong, most of it zeros (torch 2.11; 2 channels, 64 taps)
