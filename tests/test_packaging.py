@@ -134,6 +134,27 @@ def test_map_in_the_readme_is_true():
     assert [str(m) for m in modules if not any(str(m.relative_to(ROOT)).startswith(path) for path in paths)] == []
 
 
+def _slug(heading):
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
+
+
+@pytest.mark.parametrize(
+    'path', [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob('[!.]*/*.md')) + sorted(ROOT.glob('*.md'))]
+)
+def test_links(path):
+    """Files and headings that a page points to exist."""
+    text = (ROOT / path).read_text()
+    for target in re.findall(r'\]\(([^)\s]+)\)', re.sub(r'```.*?```', '', text, flags=re.DOTALL)):
+        if '://' in target:
+            continue
+        file, _, anchor = target.partition('#')
+        linked = ((ROOT / path).parent / file).resolve() if file else ROOT / path
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in {_slug(line.lstrip('# ')) for line in linked.read_text().splitlines() if line[:1] == '#'}
+
+
 def _python_block(words):
     """The Python block of the README that has these words in it."""
     blocks = re.findall(r'^```python\n(.*?)^```', (ROOT / 'README.md').read_text(), re.MULTILINE | re.DOTALL)
