@@ -46,7 +46,7 @@ def test_hits(key, data):
     assert result.total == wanted['total']
     # a sample on the edge between two classes may fall to either side with other versions of torch
     assert abs(result.hits - wanted['hits']) <= 1, result.hits
-    # the excerpt is no easier than the table allows: at least what is likely at the measured accuracy
+    # the excerpt is no harder than the table allows: at least what is likely at the measured accuracy
     expected = WEIGHTS[key].accuracy / 100
     deviation = (expected * (1 - expected) / result.total) ** 0.5
     assert result.hits / result.total > expected - 4 * deviation - 1 / result.total

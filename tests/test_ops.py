@@ -701,7 +701,7 @@ def test_rule_by_times(machine, cases, good):
     rule = runpy.run_path(str(folder / 'rule.py'))
     choices = rule['choices'](*rule['read'](folder / f'rule_{machine}.csv')).values()
     assert len(choices) == cases
-    assert sum(ratio <= 1.3 for _, ratio in choices) >= good
+    assert sum(ratio <= 1.3 for _, ratio in choices) == good
 
 
 # docs/backends.md: batch, steps, taps, then the parts in which 30 channels are transformed

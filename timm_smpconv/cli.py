@@ -240,7 +240,8 @@ def _add_train(commands: Any) -> None:
         type=int,
         default=100,
         metavar='STEPS',
-        help='steps between checkpoints within an epoch, at most five minutes; 0 for none (default: 100)',
+        help='steps between checkpoints within an epoch; one is also made whenever five minutes have passed; 0: none '
+        'within an epoch (default: 100)',
     )
     recipe = command.add_argument_group('recipe')
     texts = field_texts()

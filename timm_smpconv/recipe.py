@@ -27,7 +27,7 @@ class Recipe:
         warmup_epochs: Epochs of linear warm-up, among `epochs`.
         warmup_prefix: The cosine begins after the warm-up, as in the authors' code; otherwise its first epochs are
             replaced by the warm-up.
-        weight_decay: Weight decay of everything but points, biases and norms.
+        weight_decay: Weight decay of everything but coordinates and radii of points, biases and norms.
         clip_grad: Largest norm of the gradient, 0 for no limit.
         drop: Dropout rate within the blocks.
         drop_path: Largest rate of stochastic depth.

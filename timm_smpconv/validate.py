@@ -131,6 +131,9 @@ def evaluate(
 
     Returns:
         Predictions, (N,).
+
+    Raises:
+        FloatingPointError: An output is not finite.
     """
     cfg = model.pretrained_cfg
     size = batch_size or max(1, 200_000 // math.prod(cfg['input_size'][1:]))

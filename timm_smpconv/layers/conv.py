@@ -119,8 +119,8 @@ class SMPConv2d(_RenderedConv):
             dilation: Distance of neighbouring taps; one number or (rows, columns).
             groups: 1 for a dense convolution, in_chs = out_chs for a depthwise one.
             bias: Add a bias.
-            num_points: Points of a filter; None: floor(kh * kw / 4) depthwise, 16 dense.
-            radius: Initial radius; None: 4 / k depthwise, 0.12 dense.
+            num_points: Points of a filter; None: floor(kh * kw / 4), at least 1, depthwise, 16 dense.
+            radius: Initial radius; None: 4 / k of the longer side, at most 1, depthwise, 0.12 dense.
             coord_std: Standard deviation of the initial coordinates; None: 0.2 depthwise, 0.05 dense.
             learn_coords: Learn the coordinates.
             learn_radius: Learn the radii.
@@ -214,7 +214,8 @@ class SMPConv1d(_RenderedConv):
             causal: Output t sees inputs <= t; else the kernel is centred on it.
 
         Raises:
-            ValueError: Channels that do not fit, another stride, padding or dilation, or a value out of range.
+            ValueError: An even kernel size without `causal`, channels that do not fit, another stride, padding or
+                dilation, or a value out of range.
         """
         size = to_ntuple(1)(kernel_size)
         if causal:

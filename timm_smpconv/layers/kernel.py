@@ -163,6 +163,9 @@ class SMPKernel(RenderedKernel):
             raise ValueError(f'ndim must be 1 or 2, got {ndim}.')
         if causal and ndim != 1:
             raise ValueError('causal kernels are one-dimensional: causal=True needs ndim=1, got ndim=2.')
+        for name, value in (('in_chs', in_chs), ('out_chs', out_chs), ('num_points', num_points)):
+            if not isinstance(value, numbers.Integral):
+                raise ValueError(f'{name} must be a whole number, got {value}.')
         for name, value in (
             ('in_chs', in_chs),
             ('out_chs', out_chs),
@@ -178,9 +181,9 @@ class SMPKernel(RenderedKernel):
         self.in_chs = in_chs
         self.out_chs = out_chs
         self.ndim = ndim
-        sizes = [kernel_size] * ndim if isinstance(kernel_size, numbers.Integral) else kernel_size
+        sizes = [kernel_size] * ndim if isinstance(kernel_size, numbers.Number) else list(kernel_size)
+        self._check_size(sizes)
         self.kernel_size: List[int] = [int(k) for k in sizes]
-        self._check_size(self.kernel_size)
         self.num_points = num_points
         self.init_radius = radius
         self.coord_std = coord_std
@@ -406,7 +409,7 @@ class SMPKernel(RenderedKernel):
 
     @torch.jit.unused
     def _check_size(self, size: List[int]) -> None:
-        if len(size) != self.ndim or any(k < 1 for k in size):
+        if len(size) != self.ndim or not all(isinstance(k, numbers.Integral) and k > 0 for k in size):
             raise ValueError(f'kernel size must be {self.ndim} positive number(s) of taps, got {tuple(size)}.')
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

@@ -276,10 +276,13 @@ def convert_large_convs(module: nn.Module, min_size: int = 7) -> nn.Module:
     """Makes the large convolutions of any network convolve through `ops`, as `LargeConv1d` and `LargeConv2d`, in place.
 
     They stay the objects that they are, with their parameters, hooks and names in the state dict, and make outputs in
-    the memory format of the inputs: it can be called before or after weights are loaded and an optimizer is made;
-    before torch.compile, and behind torch.fx, which cannot trace them. Converted are modules of the classes nn.Conv1d
-    and nn.Conv2d themselves, dense or depthwise, with odd kernels, strides of 1, zeros for padding that make outputs as
-    large as the inputs, and in 1D no dilation. All others stay as they are.
+    the memory format of the inputs. Call it before or after weights are loaded and an optimizer is made; before
+    torch.compile, and after torch.fx has traced the network or quantisation (torch.ao) has changed it, which do not
+    know these classes.
+
+    Converted are modules of the classes nn.Conv1d and nn.Conv2d themselves, dense or depthwise, with odd kernels,
+    strides of 1, zeros for padding that make outputs as large as the inputs, and in 1D no dilation. All others stay as
+    they are.
 
     Args:
         module: A network, or a convolution.

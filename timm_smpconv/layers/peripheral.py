@@ -1,11 +1,13 @@
 """Convolution kernels whose outer taps share parameters (PeLK, CVPR 2024)."""
 
+import numbers
 from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .geometry import check_size
 from .kernel import RenderedKernel
 
 __all__ = ['PeripheralKernel', 'sharing_grid']
@@ -25,13 +27,13 @@ def sharing_grid(kernel_size: int, center_size: int = 5, base: int = 2) -> List[
         Widths from one end to the other, symmetric, with the sum kernel_size.
 
     Raises:
-        ValueError: A size is even or out of range, or the base is smaller than 1.
+        ValueError: A size is even or out of range, or the base is no whole number or smaller than 1.
     """
     for name, value in (('kernel_size', kernel_size), ('center_size', center_size)):
-        if value < 1 or value % 2 == 0:
+        if not isinstance(value, numbers.Integral) or value < 1 or value % 2 == 0:
             raise ValueError(f'{name} must be odd and positive, got {value}.')
-    if base < 1:
-        raise ValueError(f'base must be at least 1, got {base}.')
+    if not isinstance(base, numbers.Integral) or base < 1:
+        raise ValueError(f'base must be a whole number, at least 1, got {base}.')
     center = min(center_size, kernel_size)
     left, width, side = (kernel_size - center) // 2, base, []
     while left > 0:
@@ -82,6 +84,7 @@ class PeripheralKernel(RenderedKernel):
             ValueError: An argument cannot work.
         """
         super().__init__()
+        check_size((kernel_size,), 1, odd=True)
         self.grid: List[int] = sharing_grid(kernel_size, center_size, base) if grid is None else list(grid)
         if sum(self.grid) != kernel_size or self.grid != self.grid[::-1] or min(self.grid) < 1:
             raise ValueError(

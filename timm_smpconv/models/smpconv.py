@@ -248,7 +248,7 @@ class SMPConv(LargeKernelNet):
             points_divisor: Points of a kernel are floor(k^2 / points_divisor) ...
             num_points: ... unless given here, one number for all stages or one per stage.
             small_kernel_size: Taps of the small branch, odd.
-            radius: Initial radius of the points; None: 4 / k.
+            radius: Initial radius of the points; None: 4 / k, at most 1.
             coord_std: Standard deviation of the initial coordinates; None: 0.2.
             learn_coords: Learn the coordinates of the points.
             learn_radius: Learn the radii of the points.

@@ -156,7 +156,7 @@ class SequenceHead(nn.Module):
             nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """(B, C, L) or (B, C, H, W) to (B, num_classes), or to (B, C) if pre_logits."""
+        """(B, C, L) or (B, C, H, W) to (B, num_classes), or to (B, C) if pre_logits; without pooling as it is."""
         if self.pool_type == 'last':
             x = x.flatten(2)[:, :, -1]
         elif self.pool_type == 'avg':

@@ -48,8 +48,9 @@ def choose_backend(
     """Name of the backend that takes a convolution: the one with the smallest estimate of multiply-adds.
 
     A direct convolution spends one per output channel, input channel of a filter, output and tap that falls on the map
-    (of a dense one: and tap). In the frequency domain, all inputs, outputs and kernels are transformed (the kernels
-    once for the batch, sequences in the parts that `fft` takes), and each complex product of a frequency costs four.
+    (of a dense one of maps: and tap). In the frequency domain, all inputs, outputs and kernels are transformed (the
+    kernels once for the batch, sequences in the parts that `fft` takes), and each complex product of a frequency costs
+    four.
     Training adds the backward pass, which costs the frequency domain less. `dft` is for dense maps, `toeplitz` for
     depthwise ones on a GPU.
 
