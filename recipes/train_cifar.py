@@ -9,9 +9,9 @@ weights, optimizers and the average are those of train.py.
     python recipes/train_cifar.py --config RECIPE.yaml --data data/cifar10 --output output/RUN
 
 A recipe names a network, a teacher (or none) and phases, one after the other, each from the averaged weights of the one
-before. The output folder gets model.safetensors (the average), log.csv and checkpoint.pt: after every fifth epoch, at the
-end of a phase, and after an epoch when a minute has passed. The same command continues a run that was stopped, after the
-last epoch that it has saved.
+before. The output folder gets model.safetensors (the average), log.csv and checkpoint.pt: after every fifth epoch, at
+the end of a phase, and after an epoch when a minute has passed. The same command continues a run that was stopped,
+after the last epoch that it has saved.
 """
 
 import argparse

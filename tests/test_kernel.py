@@ -25,7 +25,7 @@ def naive_render(kernel, size):
     weights = kernel.weights.detach().double().numpy()
     out = np.zeros((kernel.out_chs, kernel.in_chs, *size))
     sharp = np.ones(out.shape, dtype=bool)
-    axes = [np.linspace(-1.0, 1.0, k) if k > 1 else np.array([-1.0]) for k in size]
+    axes = [np.linspace(-1.0, 1.0, k) if k > 1 else np.array([1.0 if kernel.causal else 0.0]) for k in size]
     for o in range(kernel.out_chs):
         g = 0 if kernel.shared_points else o
         for tap in itertools.product(*[range(k) for k in size]):

@@ -132,9 +132,12 @@ def test_deployed_conv1d_leaves_out_leading_zeros(monkeypatch, zeros, out_chs, g
     'layer, points, radius',
     [
         (lambda: SMPConv2d(8, 8, 31, groups=8), 240, 4 / 31),
-        (lambda: SMPConv2d(8, 8, (5, 13), groups=8), 16, 4 / 13),
+        (lambda: SMPConv2d(8, 8, (5, 13), groups=8), 16, 2 / 5 + 2 / 13),
         (lambda: SMPConv2d(8, 8, 3, groups=8), 2, 1.0),
         (lambda: SMPConv2d(8, 6, 33), 16, 0.12),
+        (lambda: SMPConv2d(8, 6, 17), 16, 0.12),
+        (lambda: SMPConv2d(8, 6, 9), 16, 4 / 9),
+        (lambda: SMPConv2d(8, 8, (1, 11), groups=8), 2, 2 / 11),
         (lambda: SMPConv1d(8, 6, 784), 30, 2 / 784),
         (lambda: SMPConv1d(8, 6, 784, radius=0.002, num_points=5), 5, 0.002),
     ],
@@ -211,6 +214,47 @@ def test_dilation(make, groups, dilation):
     assert relative_error(deployed(x), wanted) < 1e-10
     deployed.dilation = 2
     assert relative_error(deployed(x), wanted) < 1e-10
+
+
+def is_alive(kernel):
+    """Whether each point reaches a tap, so that it learns, and how many rows and columns of taps are reached."""
+    dense = kernel()
+    (grad,) = torch.autograd.grad(dense.sum(), kernel.weights)
+    reached = (dense.abs().sum((0, 1)) > 0).nonzero()
+    return (grad != 0).any(1).float().mean().item(), [len(dim.unique()) for dim in reached.unbind(1)]
+
+
+@pytest.mark.parametrize('groups', [1, 32])
+@pytest.mark.parametrize('size', [1, 3, 5, 7, 9, 15, 17, 31, (1, 11), (11, 1), (1, 31), (3, 31), (31, 5), (7, 31)])
+def test_fresh_kernels_are_alive(groups, size):
+    """Nearly all points of a fresh layer learn, and it sees more than its centre, along both sides."""
+    conv = SMPConv2d(32, 32, size, groups=groups)
+    alive, sides = is_alive(conv.kernel)
+    assert alive > 0.95
+    taps = conv.kernel.kernel_size
+    assert all(number >= (3 if k > 3 else 1) for number, k in zip(sides, taps)) and (sides != [1, 1] or taps == [1, 1])
+
+
+@pytest.mark.parametrize('causal', [False, True])
+@pytest.mark.parametrize('taps', [1, 3, 15, 101, 1001])
+def test_fresh_kernels_of_sequences_are_alive(causal, taps):
+    conv = SMPConv1d(32, 32, taps, causal=causal)
+    alive, (reached,) = is_alive(conv.kernel)
+    assert alive > 0.9 and reached >= min(taps, 2)
+    if causal:
+        dense = conv.kernel().abs().sum((0, 1))
+        assert dense[-1] > 0.5 * dense.max() or taps > 100  # the present is reached
+
+
+def test_blocks_name_what_they_do_not_take():
+    for make, words in (
+        (lambda: RepSMPConv1d(4, 4, 31, causal=False), ('RepSMPConv1d', 'causal', 'num_points')),
+        (lambda: RepSMPConv1d(4, 4, 31, groups=4), ('RepSMPConv1d', 'groups')),
+        (lambda: RepSMPConv2d(4, 4, 31, bias=True), ('RepSMPConv2d', 'bias')),
+    ):
+        with pytest.raises(TypeError) as e:
+            make()
+        assert all(word in str(e.value) for word in words)
 
 
 @pytest.mark.parametrize('block, x', [(RepSMPConv1d(4, 4, 7), (4, 4)), (RepSMPConv2d(4, 4, 7), (4, 9, 9))])
@@ -568,6 +612,29 @@ def test_large_convolutions_keep_the_memory_format(make, x, last, backend):
         torch.testing.assert_close(y, wanted, rtol=1e-3, atol=1e-4)
 
 
+def test_slices_of_channels_last_keep_the_memory_format():
+    """As torch's: some channels of a map in channels_last give a map in channels_last."""
+    x = torch.randn(2, 24, 14, 14).to(memory_format=torch.channels_last)[:, 4:12]
+    conv = nn.Conv2d(8, 8, 7, padding=3, groups=8)
+    expected = conv(x)
+    convert_large_convs(conv)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            y = conv(x)
+        torch.testing.assert_close(y, expected)
+        assert y.stride() == expected.stride() and y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_shorter_weight_in_the_place_of_another():
+    conv = CausalConv1d(1, 1, 200).eval().requires_grad_(False)
+    conv.weight[..., :150] = 0
+    x = torch.randn(1, 1, 300)
+    conv(x)
+    for weight in (torch.zeros(1, 1, 100), torch.randn(1, 1, 100)):
+        conv.weight = nn.Parameter(weight, requires_grad=False)
+        torch.testing.assert_close(conv(x), F.conv1d(F.pad(x, (99, 0)), weight, conv.bias), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize('name, value', [('stride', (2,)), ('dilation', (2,)), ('padding_mode', 'circular')])
 def test_causal_convolutions_that_are_changed(name, value):
     """They do not compute something else than they say."""
@@ -621,6 +688,13 @@ def test_one_cache_for_two_operations(backend):
         for _ in range(2):
             for op in (ops.causal_conv1d, ops.conv1d):
                 torch.testing.assert_close(op(x, weight, keep=kept.keep(weight)), op(x, weight))
+                one = x[..., :1]  # for which both cut the kernel to one tap, each to another
+                torch.testing.assert_close(op(one, weight, keep=kept.keep(weight)), op(one, weight))
+        weight = torch.randn(4, 1, 7)
+        for _ in range(2):
+            for op, channels in ((ops.conv1d, 1), (ops.depthwise_conv1d, 4)):
+                y = op(x[:, :channels], weight, keep=kept.keep(weight))
+                torch.testing.assert_close(y, op(x[:, :channels], weight))
 
 
 def test_large_convolutions_are_found():
@@ -691,7 +765,7 @@ def test_branches_that_do_not_fit_are_not_folded():
         with pytest.raises(RuntimeError, match='its small convolution must pad'):
             block.fuse()
     for other in (dict(causal=False), dict(groups=4)):
-        with pytest.raises(TypeError, match=f'multiple values .*{next(iter(other))}'):
+        with pytest.raises(TypeError, match=f'takes no {next(iter(other))}'):
             RepSMPConv1d(4, 4, 9, **other)
     assert 'causal=False' in repr(SMPConv1d(4, 4, 9, causal=False)) and 'causal' not in repr(SMPConv1d(4, 4, 9))
 

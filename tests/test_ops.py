@@ -694,6 +694,34 @@ def test_rule_for_depthwise_sequences_on_a_gpu(taps, name):
     assert ops.choose_backend(x, weight, (taps - 1,), True, device='cuda') == name
 
 
+@pytest.mark.parametrize('backend', OTHERS)
+@pytest.mark.parametrize(
+    'op, x, weight',
+    [
+        ('depthwise', (2, 4, 30, 8), (4, 1, 21, 1)),
+        ('depthwise', (2, 4, 30, 1), (4, 1, 21, 5)),
+        ('depthwise', (2, 4, 8, 8), (4, 1, 1, 1)),
+        ('dense', (2, 4, 30, 8), (4, 4, 21, 1)),
+        ('dense', (2, 4, 30, 8), (4, 4, 1, 21)),
+        ('causal', (2, 4, 30), (4, 4, 1)),
+        ('causal', (2, 4, 30), (4, 4, 7)),
+    ],
+)
+def test_outputs_can_be_changed_in_place(backend, op, x, weight):
+    """As those of torch, with what an activation in place does in training."""
+    results = []
+    for place in (True, False):
+        torch.manual_seed(0)
+        a, w = (torch.randn(shape, requires_grad=True) for shape in (x, weight))
+        with ops.use_backend(backend):
+            y = OPS[op](a, w)
+        y = torch.relu_(y) if place else torch.relu(y)
+        y.square().sum().backward()
+        results.append((y.detach(), a.grad, w.grad))
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize('machine, cases, good', [('h100', 330, 313), ('epyc', 562, 520)])
 def test_rule_by_times(machine, cases, good):
     """The choices against what was measured: docs/backends.md says how many are near the fastest."""

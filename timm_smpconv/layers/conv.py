@@ -19,6 +19,8 @@ from .peripheral import PeripheralKernel
 
 __all__ = ['PeripheralConv2d', 'SMPConv1d', 'SMPConv2d']
 
+_MANY_TAPS = 17  # of a side, from which dense kernels are those of the CIFAR network
+
 
 class _RenderedConv(DropsCaches):
     """A convolution through `ops` with the kernel that a module renders, and perhaps a bias."""
@@ -86,7 +88,8 @@ class SMPConv2d(_RenderedConv):
 
     Depthwise (groups = in_chs = out_chs): points shared by all channels, sums not normalised, k^2 / 4 points of
     radius 4 / k (the ImageNet networks); so is a convolution of a single channel. Dense (groups = 1): points per output
-    filter, normalised sums, 16 points of radius 0.12 (the CIFAR network).
+    filter, normalised sums, 16 points, from 17 taps on of radius 0.12 (the CIFAR network; fewer taps are so far apart
+    that most of such points would reach none).
     """
 
     dilation = (1, 1)
@@ -120,8 +123,9 @@ class SMPConv2d(_RenderedConv):
             groups: 1 for a dense convolution, in_chs = out_chs for a depthwise one.
             bias: Add a bias.
             num_points: Points of a filter; None: floor(kh * kw / 4), at least 1, depthwise, 16 dense.
-            radius: Initial radius; None: 4 / k of the longer side, at most 1, depthwise, 0.12 dense.
-            coord_std: Standard deviation of the initial coordinates; None: 0.2 depthwise, 0.05 dense.
+            radius: Initial radius; None: 0.12 dense from 17 taps on, else 2 / kh + 2 / kw, which is 4 / k, at most 1
+                (without a side of a single tap).
+            coord_std: Standard deviation of the initial coordinates; None: 0.05 dense from 17 taps on, else 0.2.
             learn_coords: Learn the coordinates.
             learn_radius: Learn the radii.
 
@@ -133,18 +137,19 @@ class SMPConv2d(_RenderedConv):
         check_same(in_chs, out_chs, size, groups, 2)
         geometry = same_geometry(self, size, stride, padding, dilation)
         depthwise = is_depthwise(in_chs, out_chs, groups)
-        if depthwise:
-            defaults = (max(size[0] * size[1] // 4, 1), min(4 / max(size), 1.0), 0.2)
-        else:
-            defaults = (16, 0.12, 0.05)
+        default_points = max(size[0] * size[1] // 4, 1) if depthwise else 16
+        if not depthwise and min(size) >= _MANY_TAPS:
+            default_radius, default_std = 0.12, 0.05
+        else:  # so that a point reaches the taps around it, along both sides
+            default_radius, default_std = min(sum(2 / k for k in size if k > 1) or 1.0, 1.0), 0.2
         kernel = SMPKernel(
             1 if depthwise else in_chs,
             out_chs,
             size,
             ndim=2,
-            num_points=defaults[0] if num_points is None else num_points,
-            radius=defaults[1] if radius is None else radius,
-            coord_std=defaults[2] if coord_std is None else coord_std,
+            num_points=default_points if num_points is None else num_points,
+            radius=default_radius if radius is None else radius,
+            coord_std=default_std if coord_std is None else coord_std,
             shared_points=depthwise,
             normalize=not depthwise,
             radius_range=(1e-3, 1.0) if depthwise else (1e-4, 1.0),

@@ -97,9 +97,10 @@ class SMPKernel(RenderedKernel):
 
         SMP(x) = 1 / |N(x)| * sum_i g(x, p_i, r_i) w_i,   g(x, p, r) = max(0, 1 - |x - p|_1 / r),   N(x) = {i : g > 0}
 
-    sampled at linspace(-1, 1, k) in each dimension (a single tap lies at -1, as in the reference, where points hardly
-    reach it). In 2D, coordinate 0 runs along the width from left to right and coordinate 1 along the height from bottom
-    to top, so row 0 of the rendered kernel lies at coordinate +1.
+    sampled at linspace(-1, 1, k) in each dimension; a single tap lies in the middle, at 0, or if causal at the present,
+    +1 (in the reference at -1, where hardly a point reaches it), and so do all fresh points along that dimension. In
+    2D, coordinate 0 runs along the width from left to right and coordinate 1 along the height from bottom to top, so
+    row 0 of the rendered kernel lies at coordinate +1.
 
     The radii are learned 0.1 x as fast as everything else and stay within a range. Both live in the parameter, not in
     the training script: radius = base_radius + radius_lr_scale * radius_offset, where the buffer `base_radius` holds
@@ -226,6 +227,10 @@ class SMPKernel(RenderedKernel):
                 self.coords.mul_(2.0).add_(1.0)
         else:
             nn.init.trunc_normal_(self.coords, std=self.coord_std, a=-1.0, b=1.0)
+        with torch.no_grad():
+            for dim, taps in enumerate(reversed(self.kernel_size)):  # coordinate 0 runs along the width
+                if taps == 1:
+                    self.coords[..., dim] = 1.0 if self.causal else 0.0
         nn.init.constant_(self.base_radius, self.init_radius)
         nn.init.zeros_(self.radius_offset)
         nn.init.trunc_normal_(self.weights, std=0.02)
@@ -261,8 +266,8 @@ class SMPKernel(RenderedKernel):
     def project(self) -> None:
         """Projects the radii into their range, by changing the offsets in place.
 
-        Does nothing to offsets that cannot be changed: under torch.func, spread over processes (DTensor) or of another
-        special kind. Their radii stay within the range all the same, which `radius` sees to.
+        Does nothing to offsets that cannot be changed: under torch.func, spread over processes (DTensor), of another
+        special kind or expanded. Their radii stay within the range all the same, which `radius` sees to.
         """
         if not (self.learn_radius or self.radius_offset.requires_grad):  # frozen, and not unfrozen since
             return
@@ -271,6 +276,8 @@ class SMPKernel(RenderedKernel):
             if is_transformed():
                 return
             if type(offset.detach()) is not torch.Tensor or offset.shape != self.base_radius.shape:
+                return
+            if any(n > 1 and stride == 0 for n, stride in zip(offset.shape, offset.stride())):
                 return
         with torch.no_grad():
             low = (self.min_radius - self.base_radius) / self.radius_lr_scale
@@ -357,7 +364,7 @@ class SMPKernel(RenderedKernel):
         compute = torch.float32 if dtype == torch.float16 or dtype == torch.bfloat16 else dtype
         coords, weights = self.coords.to(compute), self.weights.to(compute)
         # where the taps of each axis of the kernel lie: rows from top to bottom, columns from left to right
-        axes = [torch.linspace(-1.0, 1.0, k, dtype=torch.float32, device=coords.device).to(compute) for k in size]
+        axes = [_place_taps(k, self.causal, coords.device).to(compute) for k in size]
         axes = [axes[0].flip(0), axes[1]] if self.ndim == 2 else [axes[0][skip:]]
         radius = self.radius.to(compute).unsqueeze(2)
         if len(window) > 0:
@@ -422,6 +429,13 @@ class SMPKernel(RenderedKernel):
             f'{self.in_chs}, {self.out_chs}, kernel_size={tuple(self.kernel_size)}, num_points={self.num_points}, '
             f'shared_points={self.shared_points}, normalize={self.normalize}'
         )
+
+
+def _place_taps(taps: int, causal: bool, device: torch.device) -> torch.Tensor:
+    """Coordinates of the taps of an axis, ascending."""
+    if taps == 1:
+        return torch.full([1], 1.0 if causal else 0.0, dtype=torch.float32, device=device)
+    return torch.linspace(-1.0, 1.0, taps, dtype=torch.float32, device=device)
 
 
 def with_all_taps(kernel: torch.Tensor, module: nn.Module) -> torch.Tensor:

@@ -9,7 +9,7 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from .. import ops
-from ..ops.context import in_format, is_channels_last, is_exporting
+from ..ops.context import in_format, is_channels_last, is_exporting, is_part_of_channels_last
 from .cache import DropsCaches, KernelCache, ValueCache, wants_gradients
 from .geometry import check_geometry, check_groups, check_same, check_size, fits_groups, is_same, same_geometry
 
@@ -43,6 +43,8 @@ class _LargeConv(DropsCaches):
         weight = self.weight  # once: a parametrization computes it anew each time
         if not is_same(self):  # code can change attributes
             return self._conv_forward(x, weight, self.bias)
+        if self.keeps_format and is_part_of_channels_last(x):
+            x = x.contiguous(memory_format=torch.channels_last)
         y = self._same(x, weight, self._kept.keep(weight))
         if not self.keeps_format or is_exporting():
             return y
@@ -209,7 +211,8 @@ class CausalConv1d(DropsCaches, nn.Conv1d):
             return weight
         count = self._num_unreached
         # a hint that is checked: maxima are several times faster than abs or any, and over everything than for each tap
-        if count is None or (count and not weight[..., :count].amax() == weight[..., :count].amin() == 0):
+        known = count is not None and count < weight.shape[2]  # it may have been replaced by a shorter one
+        if not known or (count and not weight[..., :count].amax() == weight[..., :count].amin() == 0):
             reached = (weight.amax((0, 1)) != 0) | (weight.amin((0, 1)) != 0)
             count = int(reached.to(torch.uint8).argmax())
             count = self._num_unreached = count - count % 2  # pairs of taps are faster to compare

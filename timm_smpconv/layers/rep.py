@@ -1,6 +1,6 @@
 """Blocks that train as several linear operations and deploy as one."""
 
-from typing import Hashable, Optional, Tuple, Type, Union
+from typing import Any, Dict, Hashable, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from .norm import NORMS, NORMS_WITH_ACT, SequenceNorm, fold_norm_into_previous, 
 from .plain import is_plain
 
 __all__ = ['ConvNorm', 'RepSMPConv1d', 'RepSMPConv2d']
+
+_KERNEL_ARGS = ('num_points', 'radius', 'coord_std', 'learn_coords', 'learn_radius')
 
 
 class ConvNorm(ConvNormAct):
@@ -200,6 +202,15 @@ class _RepSMPConv(DropsCaches):
         return total.to(kernel), bias + small_bias
 
 
+def _check_kernel_args(block: nn.Module, kernel_args: Dict[str, Any]) -> None:
+    strange = [name for name in kernel_args if name not in _KERNEL_ARGS]
+    if strange:
+        raise TypeError(
+            f'{type(block).__name__} takes no {", ".join(strange)}: of the arguments of its large convolution it takes '
+            f'{", ".join(_KERNEL_ARGS)}. For other convolutions use SMPConv1d or SMPConv2d.'
+        )
+
+
 def _to_channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -249,7 +260,11 @@ class RepSMPConv2d(_RepSMPConv):
             norm_layer: Batch norm.
             dilation: Distance of neighbouring taps, of both branches.
             **kernel_args: num_points, radius, coord_std, learn_coords, learn_radius of SMPConv2d.
+
+        Raises:
+            TypeError: Other arguments.
         """
+        _check_kernel_args(self, kernel_args)
         dd = {'device': device, 'dtype': dtype}
         super().__init__(
             SMPConv2d(in_chs, out_chs, kernel_size, dilation=dilation, groups=groups, bias=False, **kernel_args, **dd),
@@ -286,7 +301,11 @@ class RepSMPConv1d(_RepSMPConv):
             large_bias: Bias in the large branch.
             norm_layer: Batch norm.
             **kernel_args: num_points, radius, coord_std, learn_coords, learn_radius of SMPConv1d.
+
+        Raises:
+            TypeError: Other arguments.
         """
+        _check_kernel_args(self, kernel_args)
         dd = {'device': device, 'dtype': dtype}
         super().__init__(
             SMPConv1d(in_chs, out_chs, kernel_size, groups=1, bias=large_bias, causal=True, **kernel_args, **dd),

@@ -1,7 +1,7 @@
 """SMPConv CIFAR network: dense 33 x 33 kernels at full resolution (paper, section 4.2)."""
 
 from collections import OrderedDict
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -87,8 +87,8 @@ class SMPConvCifar(LargeKernelNet):
         dims: Sequence[int] = (24, 24, 24, 36, 36, 36, 48, 48),
         kernel_size: int = 33,
         num_points: int = 16,
-        radius: float = 0.12,
-        coord_std: float = 0.05,
+        radius: Optional[float] = None,
+        coord_std: Optional[float] = None,
         small_kernel_size: int = 3,
         learn_coords: bool = True,
         learn_radius: bool = True,
@@ -106,8 +106,8 @@ class SMPConvCifar(LargeKernelNet):
             dims: Channels of the stem and of each block.
             kernel_size: Taps of the large kernels, odd.
             num_points: Points of a filter.
-            radius: Initial radius of the points.
-            coord_std: Standard deviation of the initial coordinates.
+            radius: Initial radius of the points; None: 0.12 from 17 taps on, else 4 / kernel_size, at most 1.
+            coord_std: Standard deviation of the initial coordinates; None: 0.05 from 17 taps on, else 0.2.
             small_kernel_size: Taps of the small branch, odd.
             learn_coords: Learn the coordinates of the points.
             learn_radius: Learn the radii of the points.

@@ -196,7 +196,7 @@ class SMPConvSeq(LargeKernelNet):
         depth: int = 6,
         dim: int = 30,
         num_points: int = 30,
-        radius: float = 0.002,
+        radius: Optional[float] = None,
         coord_std: float = 0.1,
         small_kernel_size: int = 5,
         conv_bias: bool = False,
@@ -219,7 +219,7 @@ class SMPConvSeq(LargeKernelNet):
             depth: Number of blocks.
             dim: Channels.
             num_points: Points of a filter.
-            radius: Initial radius of the points.
+            radius: Initial radius of the points; None: 2 / kernel_size, about the distance of two taps.
             coord_std: Standard deviation of the initial coordinates.
             small_kernel_size: Taps of the small branch.
             conv_bias: Bias in the large convolutions.
@@ -307,8 +307,15 @@ def change_rate(state_dict: Dict[str, torch.Tensor], model: SMPConvSeq, ratio: f
     return changed
 
 
-def _create_smpconv_seq(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return build(SMPConvSeq, variant, pretrained, num_stages=kwargs.get('depth', 6), **kwargs)
+def _create_smpconv_seq(
+    variant: str, pretrained: bool, kwargs: Dict[str, Any], kernel_size: int, radius: float, **model_args: Any
+) -> nn.Module:
+    """A network with the arguments of the paper, among them the radius that goes with its number of taps."""
+    if kwargs.get('kernel_size', kernel_size) == kernel_size:
+        model_args['radius'] = radius
+    model_args = dict(kernel_size=kernel_size, **model_args)
+    model_args.update(kwargs)
+    return build(SMPConvSeq, variant, pretrained, num_stages=model_args.get('depth', 6), **model_args)
 
 
 # of the MFCC that the bundled weights were trained on
@@ -346,7 +353,7 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def smpconv_seq_mnist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Sequential MNIST, 784 steps."""
-    return _create_smpconv_seq('smpconv_seq_mnist', pretrained, **kwargs)
+    return _create_smpconv_seq('smpconv_seq_mnist', pretrained, kwargs, 784, 0.002)
 
 
 @register_model
@@ -354,8 +361,8 @@ def smpconv_seq_pmnist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Sequential MNIST with permuted pixels, 784 steps; the authors drew the permutation with numpy's seed 0."""
     height, width = to_2tuple(kwargs.pop('img_size', None) or 28)
     length = height * width
-    model_args = dict(kernel_size=length, permutation=np.random.RandomState(0).permutation(length).tolist())
-    model = _create_smpconv_seq('smpconv_seq_pmnist', pretrained, **dict(model_args, **kwargs))
+    kwargs = dict(dict(kernel_size=length, permutation=np.random.RandomState(0).permutation(length).tolist()), **kwargs)
+    model = _create_smpconv_seq('smpconv_seq_pmnist', pretrained, kwargs, 784, 0.002)
     # what timm would have noted (1.0.31), if the network took img_size
     model._traits = dict(getattr(model, '_traits', {}), img_size=(height, width))
     return model
@@ -364,26 +371,22 @@ def smpconv_seq_pmnist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @register_model
 def smpconv_seq_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Sequential CIFAR-10, 1024 steps."""
-    model_args = dict(kernel_size=1024, conv_bias=True)
-    return _create_smpconv_seq('smpconv_seq_cifar', pretrained, **dict(model_args, **kwargs))
+    return _create_smpconv_seq('smpconv_seq_cifar', pretrained, kwargs, 1024, 0.002, conv_bias=True)
 
 
 @register_model
 def smpconv_seq_chartraj(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Character trajectories, 182 steps."""
-    model_args = dict(kernel_size=182, radius=0.012, conv_bias=True)
-    return _create_smpconv_seq('smpconv_seq_chartraj', pretrained, **dict(model_args, **kwargs))
+    return _create_smpconv_seq('smpconv_seq_chartraj', pretrained, kwargs, 182, 0.012, conv_bias=True)
 
 
 @register_model
 def smpconv_seq_speech(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Speech Commands as 161 frames of 20 MFCC."""
-    model_args = dict(kernel_size=161, radius=0.012, conv_bias=True)
-    return _create_smpconv_seq('smpconv_seq_speech', pretrained, **dict(model_args, **kwargs))
+    return _create_smpconv_seq('smpconv_seq_speech', pretrained, kwargs, 161, 0.012, conv_bias=True)
 
 
 @register_model
 def smpconv_seq_speech_raw(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Speech Commands as 16,000 samples."""
-    model_args = dict(kernel_size=16000, radius=0.0002)
-    return _create_smpconv_seq('smpconv_seq_speech_raw', pretrained, **dict(model_args, **kwargs))
+    return _create_smpconv_seq('smpconv_seq_speech_raw', pretrained, kwargs, 16000, 0.0002)

@@ -45,6 +45,8 @@ def correlate(
     y = _correlate_in_parts(x.to(compute), weight.to(compute), left, depthwise, keep)
     if bias is not None:
         y = y + bias.to(compute).reshape(1, -1, *[1] * (y.ndim - 2))
+    elif left[-1] == 0 and is_trained(x, weight):  # a view made in an autograd.Function, which refuses changes in place
+        y = y.clone()
     # in the format that the layers around it expect
     return to_channels_last(y, x.dtype) if is_channels_last(x) else y.to(x.dtype)
 

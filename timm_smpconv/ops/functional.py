@@ -274,7 +274,7 @@ def _convolve(
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # there is no autocast on meta
         dtype = torch.get_autocast_dtype(x.device.type)
         if weight.dtype not in (dtype, torch.float64):  # which autocast leaves alone
-            weight, keep = weight.to(dtype), keep and functools.partial(_keep_rounded, keep, dtype)
+            weight, keep = weight.to(dtype), keep and functools.partial(_keep_as, keep, dtype)
         if x.dtype != torch.float64:
             x = x.to(dtype)
     if 0 in x.shape[2:]:
@@ -287,6 +287,8 @@ def _convolve(
     bias = None if bias is None else bias.to(x.dtype)
     if _is_left_whole(x, weight, bias):
         return _correlate_op(x, weight, bias, list(dilation), depthwise, causal, is_channels_last(x))
+    if keep is not None:  # the same kernel may be that of several operations
+        keep = functools.partial(_keep_as, keep, (depthwise, causal))
     return _correlate_dilated(x, weight, bias, dilation, depthwise, causal, keep)
 
 
@@ -387,9 +389,9 @@ def _(
     return in_format(x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:]), last)
 
 
-def _keep_rounded(keep: Keep, dtype: torch.dtype, key: Hashable, numbers: int, compute: Callable[[], Any]) -> Any:
-    """What a kernel's `keep` does for the same kernel rounded to another dtype."""
-    return keep((dtype, key), numbers, compute)
+def _keep_as(keep: Keep, use: Hashable, key: Hashable, numbers: int, compute: Callable[[], Any]) -> Any:
+    """What a kernel's `keep` does for another use of the same kernel, such as rounded to another dtype."""
+    return keep((use, key), numbers, compute)
 
 
 def _as_pair(name: str, dilation: Any) -> Tuple[int, int]:
