@@ -17,7 +17,7 @@ from timm.models._manipulate import reinit_non_persistent_buffers
 
 from timm_smpconv import WeightsError
 from timm_smpconv._files import save_tensors
-from timm_smpconv.checkpoint import CheckpointError, check_architecture, read_checkpoint
+from timm_smpconv.checkpoint import CheckpointError, carried_settings, check_architecture, read_checkpoint
 from timm_smpconv.layers import SMPKernel
 from timm_smpconv.models._builder import checkpoint_filter_fn
 from timm_smpconv.models.smpconv_seq import change_rate
@@ -429,3 +429,25 @@ def test_fixtures_match_the_models():
         # learned offsets of the radii start at zero and are no part of a reference checkpoint
         offsets = [key for key in model.state_dict() if key.endswith('.radius_offset')]
         assert len(state) == len(model.state_dict()) - len(offsets)
+
+
+def test_header_that_begins_like_an_archive(tmp_path):
+    """The length of a header, with which a safetensors file begins, may read PK."""
+    path = tmp_path / 'a.safetensors'
+    save_file({'x': torch.ones(3)}, path, metadata={'a': ''})
+    padding = 0x4B50 - int.from_bytes(path.read_bytes()[:8], 'little')
+    save_file({'x': torch.ones(3)}, path, metadata={'a': ' ' * padding})
+    assert path.read_bytes()[:2] == b'PK'
+    assert torch.equal(read_checkpoint(path)['x'], torch.ones(3))
+
+
+SIZES = [[], ['a', 'b', 'c'], [3, 32.5, 32], [3, 10**9, 32], [3, -5, 32], [3, 0, 0], [32], [7, 32, 32]]
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_sizes_that_cannot_be(tmp_path, size):
+    said = dict(mean=[0.0], std=[1.0], input_size=size)
+    save_tensors(tmp_path / 'a.safetensors', {'x': torch.ones(3)}, said)
+    with pytest.raises(CheckpointError, match='size') as e:
+        carried_settings(tmp_path / 'a.safetensors', 3)
+    assert 'height' in str(e.value)

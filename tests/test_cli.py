@@ -36,6 +36,7 @@ from timm_smpconv.validate import validate
 from timm_smpconv.weights import WEIGHTS, bundled_path, design_effect, training_speakers, wilson
 
 DIGITS = Path(__file__).resolve().parents[1] / 'examples' / 'digits'
+WORDS = DIGITS.with_name('words')
 RECIPES = Path(__file__).resolve().parents[1] / 'recipes'
 
 
@@ -945,6 +946,55 @@ def test_output_that_is_full():
         command = [sys.executable, '-m', 'timm_smpconv', 'list']
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (2, 'timm-smpconv: [Errno 28] No space left on device\n')
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='this system has no disk that is always full')
+def test_messages_that_cannot_be_written(digit, tmp_path):
+    """Do not cost the results."""
+    with open('/dev/full', 'w') as full:
+        command = [sys.executable, '-m', 'timm_smpconv', 'predict', str(tmp_path / 'absent.png'), str(digit)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, text=True)
+    assert done.returncode == 1 and 'digit.png: ' in done.stdout
+
+
+def test_channels_that_files_do_not_have(capsys, tmp_path, data):
+    """Is said once, and of no file."""
+    for name, kwargs, file in (
+        ('smpconv_cifar', dict(in_chans=4, dims=(4, 4), kernel_size=5), DIGITS / 'digit_1_a.png'),
+        ('smpconv_seq_speech', dict(in_chans=1, dim=4, depth=1), WORDS / 'yes.wav'),
+    ):
+        save_file(timm.create_model(name, **kwargs).state_dict(), tmp_path / 'w.safetensors')
+        convert(tmp_path / 'w.safetensors', name, tmp_path / name, model_kwargs=kwargs)
+        own = f'local-dir:{tmp_path / name}'
+        status, out, err = run(capsys, 'predict', '--model', own, file)
+        assert status == 2 and not out and 'the model takes' in err and str(file) not in err
+    status, out, err = run(capsys, 'validate', '--model', f'local-dir:{tmp_path / "smpconv_cifar"}', '--data', data)
+    assert status == 2 and not out and 'the model takes 4' in err
+
+
+def test_links_that_lead_back(capsys, tmp_path, data):
+    shutil.copytree(data / 'cifar10' / 'test', tmp_path / 'test')
+    weights = _save('smpconv_cifar', tmp_path / 'w.safetensors')
+    arguments = ('validate', '--model', 'smpconv_cifar', '--data', tmp_path, '--checkpoint-path', weights, '--json')
+    once = json.loads(run(capsys, *arguments)[1])
+    (tmp_path / 'test' / 'cat' / 'again').symlink_to('.')
+    assert json.loads(run(capsys, *arguments)[1]) == once
+
+
+def test_file_with_a_name_that_is_no_text(capsys, tmp_path):
+    weights = Path(os.fsdecode(os.fsencode(tmp_path) + b'/\xff`.pth'))
+    torch.save(timm.create_model('smpconv_seq_speech', dim=4, depth=1).state_dict(), weights)
+    arguments = ('--model', 'smpconv_seq_speech', '--model-kwargs', '{"dim": 4, "depth": 1}', '--out', tmp_path / 'out')
+    assert run(capsys, 'convert', weights, *arguments)[0] == 0
+    assert 'Converted from `??.pth`' in (tmp_path / 'out' / 'README.md').read_text()
+
+
+def test_number_that_is_too_large_for_a_recipe(capsys, tmp_path):
+    (tmp_path / 'r.yaml').write_text('model: smpconv_seq_mnist\nlr: 1' + '0' * 400)
+    status, _, err = run(
+        capsys, 'train', '--config', tmp_path / 'r.yaml', '--data', tmp_path, '--output', tmp_path / 'o'
+    )
+    assert status == 2 and 'lr must be of type float' in err and err.count('\n') == 1
 
 
 @pytest.mark.parametrize('threads', ['0', '1025', '99999999999', '1' * 5000])

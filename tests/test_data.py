@@ -461,3 +461,17 @@ def test_damaged_mnist(tmp_path):
         path.write_bytes(change(path.read_bytes()))
         with pytest.raises(ValueError, match=f'{name}.*(damaged|belong).*make it again'):
             load_mnist(folder, name.startswith('train'))
+
+
+def test_archive_that_was_cut_off_between_two_files(tmp_path):
+    """Python's tarfile takes it for a shorter one."""
+    train = write_tar(tmp_path / 'train.tar', speech_members(['0a', '0b']))
+    test = write_tar(tmp_path / 'test.tar', speech_members(['1a']))
+    whole = train.read_bytes()
+    member = 512 + 32256  # of one recording, in blocks
+    for end in (15 * member, 15 * member + 100):
+        train.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match='not a complete archive'):
+            prepare('speech_commands', tmp_path / 'data', [train, test])
+    train.write_bytes(whole)
+    assert prepare('speech_commands', tmp_path / 'data', [train, test]).counts == dict(train=20, test=10)

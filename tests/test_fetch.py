@@ -527,3 +527,26 @@ def test_passwords_of_addresses_are_not_shown(address, own, monkeypatch):
     with pytest.raises(WeightsError) as e:
         timm.create_model('smpconv_tiny', pretrained=True)
     assert 'secret' not in str(e.value) and 'localhost' in str(e.value)
+
+
+@pytest.mark.parametrize(
+    'error, words',
+    [
+        (PermissionError(13, 'Permission denied', '/cache/blobs/ab12.incomplete'), ['Permission denied', 'ab12']),
+        (PermissionError(13, 'Permission denied', '/home/connector/hf'), ['Permission denied', '/home/connector']),
+        (OSError(28, 'No space left on device', '/mnt/timeout/x'), ['No space left']),
+        (ConnectionRefusedError(111, 'Connection refused'), ['no connection']),
+        (TimeoutError('timed out'), ['no answer']),
+    ],
+)
+def test_causes(error, words):
+    """Are told by what an error is, not by words in the name of a file."""
+    text = fetch.hub_cause(error, 'me/x')
+    assert all(word in text for word in words), text
+
+
+def test_endpoint_that_is_no_address():
+    code = "import timm_smpconv; timm_smpconv.create_model('hf-hub:me/x', pretrained=True)"
+    environment = {**os.environ, 'HF_ENDPOINT': 'nonsense', 'HF_HUB_OFFLINE': '0'}
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment)
+    assert 'check HF_ENDPOINT' in done.stderr.splitlines()[-1]

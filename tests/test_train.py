@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from synth import reference_state
 
 from timm_smpconv import train as module
-from timm_smpconv._files import read_metadata, save_tensors
+from timm_smpconv._files import read_metadata, save_tensors, write_text
 from timm_smpconv.catalog import model_names
 from timm_smpconv.checkpoint import CheckpointError, ancestors, carried_settings
 from timm_smpconv.convert import convert
@@ -610,6 +610,27 @@ def test_other_recipe_in_the_same_folder(data_dir, tmp_path):
     (tmp_path / 'recipe.yaml').unlink()
     with pytest.raises(ValueError, match='without its recipe.yaml'):
         train(one, data_dir, tmp_path, progress=False)
+
+
+def test_two_recipes_at_once_in_one_folder(data_dir, tmp_path, monkeypatch):
+    """That which saves later stops; a checkpoint knows whose it is."""
+    one, other = (dataclasses.replace(RECIPE, epochs=1, seed=seed) for seed in (0, 1))
+    begin = module._try_out
+
+    def meanwhile(*args):
+        monkeypatch.setattr(module, '_try_out', begin)
+        train(other, data_dir, tmp_path, progress=False)
+        begin(*args)
+
+    monkeypatch.setattr(module, '_try_out', meanwhile)
+    with pytest.raises(ValueError, match='another recipe'):
+        train(one, data_dir, tmp_path, progress=False)
+    assert read_recipe(tmp_path / 'recipe.yaml')['seed'] == 1
+    kept = (tmp_path / 'checkpoint.pt').read_bytes()
+    write_text(tmp_path / 'recipe.yaml', recipe_text(one))
+    with pytest.raises(ValueError, match='it is of another recipe'):
+        train(one, data_dir, tmp_path, progress=False)
+    assert (tmp_path / 'checkpoint.pt').read_bytes() == kept
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,8 @@ _SAFE_GLOBALS: List[Any] = [
 ]
 _LOADING = threading.Lock()
 _SETTINGS = ('mean', 'std', 'input_size')
+_LARGEST_SIZE = 1 << 20  # channels, pixels or steps: more would fill the memory
+_ARCHIVE = b'PK\x03\x04'  # that torch.load takes for an archive
 _MAX_LISTED = 12  # differences that a message names
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others need scales that weights lack
 
@@ -257,6 +259,14 @@ def carried_settings(
                 f'{"finite" if key == "mean" else "positive"} numbers, one or as many as channels'
                 f'{f" ({channels})" if channels else ""}.'
             )
+    size = found.get('input_size')
+    if size is not None:
+        whole = len(size) == 3 and all(type(n) is int and 0 < n <= _LARGEST_SIZE for n in size)
+        if not whole or (channels and size[0] != channels):
+            raise CheckpointError(
+                f'{path} says that its inputs have the size {size}: expected positive whole numbers, '
+                f'({channels or "channels"}, height, width).'
+            )
     return {**found, **numbers}
 
 
@@ -354,13 +364,13 @@ def _is_safetensors(path: Path) -> bool:
     # such a file starts with the length of its header, 8 bytes, and the brace that opens it
     with path.open('rb') as f:
         head = f.read(9)
-    return head[8:] == b'{' and not head.startswith(b'PK')
+    return head[8:] == b'{' and not head.startswith(_ARCHIVE)
 
 
 def _check_archive(path: Path) -> None:
     """Refuses archives that unpack to more than they are: torch.save compresses nothing."""
     with path.open('rb') as f:
-        if f.read(2) != b'PK':
+        if f.read(4) != _ARCHIVE:
             return
     try:
         with zipfile.ZipFile(path) as archive:

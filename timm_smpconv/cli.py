@@ -119,8 +119,8 @@ def _give_up_output() -> None:
 
 
 def _complain(message: str) -> None:
-    with tqdm.external_write_mode(sys.stderr):
-        print(f'{_PROG}: {message}', file=sys.stderr)
+    with contextlib.suppress(OSError), tqdm.external_write_mode(sys.stderr):  # a full disk must not cost the results
+        print(f'{_PROG}: {message}', file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -343,7 +343,7 @@ def _predict(args: argparse.Namespace) -> int:
         leave=False,
         disable=len(args.files) <= 20 or not sys.stderr.isatty(),
     )
-    with _user_errors(FloatingPointError):
+    with _user_errors(ValueError, FloatingPointError):
         for result in bar:
             results.append(result)
             if result.error is not None:

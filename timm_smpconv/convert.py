@@ -168,7 +168,8 @@ def convert(
         if known and not label_names:
             name_classes(model, name)
         if out is not None:
-            provenance = f'Converted from `{file.name}` (sha256 `{source_sha256}`).'
+            printable = ''.join(c if c.isprintable() and c != '`' else '?' for c in file.name)
+            provenance = f'Converted from `{printable}` (sha256 `{source_sha256}`).'
             card = model_card(name, model, provenance, known, deployed, model_kwargs, license)
             config = config_text(model, model_kwargs, bool(task and task.stepwise and not carried))
             with _replacing(out) as folder:

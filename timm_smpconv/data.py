@@ -233,6 +233,9 @@ def _members(path: Path, progress: bool) -> Iterator[Tuple[str, Callable[[], byt
                 for member in tar:
                     if member.isreg():
                         yield member.name, functools.partial(read, tar, member)
+                # of a file that was cut off between two members there are no more, without an error
+                if tar.fileobj.tell() - tar.offset < tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError('it has no end')
 
 
 # MNIST

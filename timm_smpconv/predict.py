@@ -266,14 +266,30 @@ def _limit_aspect(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
 
 
+def check_image_channels(channels: int) -> None:
+    """Checks that image files can be made to inputs of so many channels.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f'Image files become 1 channel or 3, the model takes {channels}: feed it from Python.')
+
+
 def _reader(model: nn.Module, invert: bool) -> Callable[[str], torch.Tensor]:
     """What turns a file into an input of the network, (channels, height, width) or (channels, steps)."""
     task = task_of(model.pretrained_cfg['architecture'])
     if task is not None and task.sound:
+        known = timm.get_pretrained_cfg(model.pretrained_cfg['architecture']).input_size[0]
+        if model.pretrained_cfg['input_size'][0] != known:
+            raise ValueError(
+                f'Sounds become {known} channels, the model takes {model.pretrained_cfg["input_size"][0]}.'
+            )
         return lambda file: network_input(task, load_second(file).unsqueeze(0), model.pretrained_cfg)[0]
     cfg = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
     transform = create_transform(**cfg, is_training=False)
     channels = cfg['input_size'][0]
+    check_image_channels(channels)
     # digits are light on black; what is inverted afterwards needs the opposite ground
     background = 0 if channels == 1 and not invert else 255
     return lambda file: transform(_limit_aspect(load_image(file, channels, background, invert)))

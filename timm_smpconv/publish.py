@@ -81,7 +81,11 @@ def push(
         if private and not api.model_info(repo).private:  # one that existed stays as it is
             raise WeightsError(f'{repo} exists and is public: make it private on its page, or choose another name.')
         with tempfile.TemporaryDirectory() as temporary:
-            copy = Path(shutil.copytree(folder, Path(temporary) / 'folder'))
+            copy = Path(temporary)
+            for name in _PUBLISHED:
+                if (folder / name).exists():
+                    (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(folder / name, copy / name)
             card = (copy / 'README.md').read_text(encoding='utf-8')
             (copy / 'README.md').write_text(card.replace(PLACEHOLDER, repo), encoding='utf-8')
             info = api.upload_folder(

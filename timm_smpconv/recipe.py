@@ -226,7 +226,10 @@ def read_recipe(path: Path) -> Dict[str, Any]:
             raise ValueError(f'{path}: unknown field {name!r}, expected {", ".join(types)}.')
         kind = types[name] if isinstance(types[name], type) else dict
         if kind is float and type(value) is int:
-            fields[name] = value = float(value)
+            try:
+                fields[name] = value = float(value)
+            except OverflowError as e:
+                raise ValueError(f'{path}: {name} must be of type float, got a number that is too large for it.') from e
         if type(value) is not kind:
             raise ValueError(f'{path}: {name} must be of type {kind.__name__}, got {value!r}.')
     return fields

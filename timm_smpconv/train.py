@@ -45,6 +45,7 @@ __all__ = ['check_trainable', 'train']
 _logger = logging.getLogger(__name__)
 
 _CHECKPOINT_VERSION = 5
+_RECIPE_FILE, _CHECKPOINT_FILE = 'recipe.yaml', 'checkpoint.pt'
 _OF_A_STEP = ('opt', 'lr', 'weight_decay', 'opt_kwargs', 'model_kwargs', 'batch_size')  # fields that one may fail by
 _RECOVERY_SECONDS = 300  # steps of the longest sequences take most of a minute
 
@@ -244,11 +245,11 @@ class _Run:
     @property
     def recipe_path(self) -> Path:
         """File that says of which recipe the checkpoint is."""
-        return self.output / 'recipe.yaml'
+        return self.output / _RECIPE_FILE
 
     @property
     def _checkpoint_path(self) -> Path:
-        return self.output / 'checkpoint.pt'
+        return self.output / _CHECKPOINT_FILE
 
     def _resume(self) -> None:
         path = self._checkpoint_path
@@ -262,6 +263,8 @@ class _Run:
             raise ValueError(f'Cannot continue from {path}, it is damaged or no checkpoint: {advice}.') from e
         if version != _CHECKPOINT_VERSION:
             raise ValueError(f'Cannot continue from {path}, which another version of this package wrote: {advice}.')
+        if checkpoint.get('recipe', recipe_text(self.recipe)) != recipe_text(self.recipe):
+            raise ValueError(f'Cannot continue from {path}: it is of another recipe; {advice}.')
         if checkpoint.get('data') != self.data:
             raise ValueError(f'Cannot continue from {path}: it is of a run on other data; {advice}.')
         if checkpoint.get('teacher') != (self.teacher and self.teacher.digest):
@@ -282,6 +285,7 @@ class _Run:
         checkpoint = dict(
             version=_CHECKPOINT_VERSION,
             arch=self.recipe.model,
+            recipe=recipe_text(self.recipe),
             data=self.data,
             teacher=self.teacher and self.teacher.digest,
             ancestors=self.ancestors,
@@ -297,7 +301,9 @@ class _Run:
             std=self.std,
             input_size=self.model.pretrained_cfg['input_size'],
         )
-        if not self.recipe_path.exists():  # not before: another recipe may take the place of one that fails
+        if self.recipe_path.exists():
+            _check_output(self.output, self.recipe)  # another run may have begun there in the meantime
+        else:  # not before: another recipe may take the place of one that fails
             write_text(self.recipe_path, recipe_text(self.recipe))
         with atomic_path(self._checkpoint_path) as part:
             try:
@@ -396,13 +402,7 @@ def train(
     device = usable_device(device)
     task = check_trainable(recipe)
     samples, held = split(task.load(data_dir, True), recipe, task)
-    recipe_path = output / 'recipe.yaml'
-    if recipe_path.exists():
-        if not same_recipe(Recipe(**read_recipe(recipe_path)), recipe):
-            raise ValueError(f'{output} holds a run of another recipe ({recipe_path}): choose another output folder.')
-    elif (output / 'checkpoint.pt').exists():
-        raise ValueError(f'{output} holds a run without its {recipe_path.name}: choose another output folder.')
-
+    _check_output(output, recipe)
     run = _Run(recipe, task, samples, output, device)
     _warn_of_heard(run, held)
     _try_out(run, task, samples)
@@ -435,6 +435,20 @@ def train(
             run.end_epoch(accuracy)
             run.save()
     return _write_result(run)
+
+
+def _check_output(output: Path, recipe: Recipe) -> None:
+    """Checks that an output folder holds no run of another recipe.
+
+    Raises:
+        ValueError: It does, or one whose recipe is not known.
+    """
+    path = output / _RECIPE_FILE
+    if path.exists():
+        if not same_recipe(Recipe(**read_recipe(path)), recipe):
+            raise ValueError(f'{output} holds a run of another recipe ({path}): choose another output folder.')
+    elif (output / _CHECKPOINT_FILE).exists():
+        raise ValueError(f'{output} holds a run without its {_RECIPE_FILE}: choose another output folder.')
 
 
 def _warn_of_heard(run: _Run, held: Samples) -> None:

@@ -22,7 +22,7 @@ from .classes import CLASS_NAMES
 from .data import Samples
 from .factory import architecture_of, read_config
 from .fetch import weights_file
-from .predict import check_inputs, class_names, load_image, load_model
+from .predict import check_image_channels, check_inputs, class_names, load_image, load_model
 from .tasks import Task, heard, network_input, stepwise, task_of
 from .weights import design_effect, wilson
 
@@ -272,7 +272,13 @@ class _Images(Dataset):
 def _visible_files(folder: Path) -> List[Path]:
     """All files in a folder, the folders within it and those that links lead to, but for what systems hide in them."""
     found: List[Path] = []
+    seen = set()  # a link may lead back
     for place, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         folders[:] = [name for name in folders if not _is_hidden(name)]
         found += [Path(place, name) for name in files if not _is_hidden(name)]
     return sorted(found)
@@ -304,6 +310,7 @@ def _image_folder(name: str, own: Optional[List[str]], root: Path) -> _Images:
     channels = timm.get_pretrained_cfg(architecture_of(name)).input_size[0]
     if parse_model_name(name)[0]:
         channels = read_config(name).get('pretrained_cfg', {}).get('input_size', [channels])[0]
+    check_image_channels(channels)
     tag = '' if own else timm.get_pretrained_cfg(architecture_of(name)).tag
     known: List[str] = own or list(CLASS_NAMES.get(tag, ())) or ImageNetInfo().label_names()
     choices = ('cifar10/test',) * (tag in CLASS_NAMES) + ('test', 'val', 'validation', '')
