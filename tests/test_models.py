@@ -958,3 +958,32 @@ def test_unknown_arguments_name_the_network(name):
     if not build(name, device='meta').pretrained_cfg['fixed_input_size']:
         with pytest.raises(TypeError, match='img_size'):
             build(name, img_size=64)
+
+
+PAPER_RADII = {
+    'mnist': 0.002,
+    'pmnist': 0.002,
+    'cifar': 0.002,
+    'chartraj': 0.012,
+    'speech': 0.012,
+    'speech_raw': 0.0002,
+}
+
+
+@pytest.mark.parametrize('data', PAPER_RADII)
+def test_radius_of_sequence_networks(data):
+    """The paper's at its number of taps; at another one that which reaches a tap, unless one is given."""
+    kernels = [
+        timm.create_model(f'smpconv_seq_{data}', depth=1, dim=4, **kwargs).stages[0].conv1.large.kernel
+        for kwargs in ({}, dict(kernel_size=64), dict(kernel_size=64, radius=0.1))
+    ]
+    assert [kernel.init_radius for kernel in kernels] == [PAPER_RADII[data], 2 / 64, 0.1]
+    (grad,) = torch.autograd.grad(kernels[1]().sum(), kernels[1].weights)
+    assert (grad != 0).float().mean() > 0.9  # of its points learn
+
+
+@pytest.mark.parametrize('taps, radius', [(33, 0.12), (17, 0.12), (7, 4 / 7)])
+def test_radius_of_the_cifar_network(taps, radius):
+    kernel = timm.create_model('smpconv_cifar', kernel_size=taps, dims=(4, 4)).stages[0].conv1.large.kernel
+    assert kernel.init_radius == pytest.approx(radius) and kernel.coord_std == (0.05 if taps > 15 else 0.2)
+    assert (kernel().abs().sum((0, 1)) > 0).sum() > 5
