@@ -978,7 +978,12 @@ def test_links_that_lead_back(capsys, tmp_path, data):
     arguments = ('validate', '--model', 'smpconv_cifar', '--data', tmp_path, '--checkpoint-path', weights, '--json')
     once = json.loads(run(capsys, *arguments)[1])
     (tmp_path / 'test' / 'cat' / 'again').symlink_to('.')
-    assert json.loads(run(capsys, *arguments)[1]) == once
+    (tmp_path / 'test' / 'dog' / 'other').symlink_to('../cat')  # and from there back again
+    (tmp_path / 'test' / 'cat' / 'other').symlink_to('../dog')
+    number = len(list((tmp_path / 'test' / 'cat').glob('*.*')))
+    assert json.loads(run(capsys, *arguments)[1])['total'] == once['total'] + 2 * number
+    (tmp_path / 'test' / 'cat' / 'other').unlink()
+    assert json.loads(run(capsys, *arguments)[1])['total'] == once['total'] + number
 
 
 def test_file_with_a_name_that_is_no_text(capsys, tmp_path):

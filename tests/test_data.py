@@ -473,5 +473,8 @@ def test_archive_that_was_cut_off_between_two_files(tmp_path):
         train.write_bytes(whole[:end])
         with pytest.raises(ValueError, match='not a complete archive'):
             prepare('speech_commands', tmp_path / 'data', [train, test])
+    train.write_bytes(whole[: 2 * member + 5] + b'!' + whole[2 * member + 6 :])  # a damaged header
+    with pytest.raises(ValueError, match='not a complete archive'):
+        prepare('speech_commands', tmp_path / 'data', [train, test])
     train.write_bytes(whole)
     assert prepare('speech_commands', tmp_path / 'data', [train, test]).counts == dict(train=20, test=10)

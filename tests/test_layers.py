@@ -613,16 +613,26 @@ def test_large_convolutions_keep_the_memory_format(make, x, last, backend):
 
 
 def test_slices_of_channels_last_keep_the_memory_format():
-    """As torch's: some channels of a map in channels_last give a map in channels_last."""
-    x = torch.randn(2, 24, 14, 14).to(memory_format=torch.channels_last)[:, 4:12]
-    conv = nn.Conv2d(8, 8, 7, padding=3, groups=8)
-    expected = conv(x)
-    convert_large_convs(conv)
-    for grad in (False, True):
-        with torch.set_grad_enabled(grad):
-            y = conv(x)
-        torch.testing.assert_close(y, expected)
-        assert y.stride() == expected.stride() and y.is_contiguous(memory_format=torch.channels_last)
+    """As torch's: some channels, rows or columns of a map in channels_last give a map in channels_last."""
+    whole = torch.randn(2, 24, 14, 14).to(memory_format=torch.channels_last)
+    for x in (whole[:, 4:12], whole[:, :, 2:10, 3:12], whole[:, :, 2:9]):
+        channels = x.shape[1]
+        conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        expected = conv(x)
+        convert_large_convs(conv)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                y = conv(x)
+            torch.testing.assert_close(y, expected)
+            assert y.stride() == expected.stride() and y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_offsets_that_are_expanded_stay():
+    conv = SMPConv1d(2, 2, 80)
+    offset = nn.Parameter(torch.full((1, 1), 50.0).expand(2, 30))
+    conv.kernel.radius_offset = offset
+    conv(torch.randn(1, 2, 80)).sum().backward()
+    assert (conv.kernel.radius == 1.0).all() and (offset == 50).all() and len(conv.state_dict()) == 5
 
 
 def test_shorter_weight_in_the_place_of_another():
@@ -688,13 +698,13 @@ def test_one_cache_for_two_operations(backend):
         for _ in range(2):
             for op in (ops.causal_conv1d, ops.conv1d):
                 torch.testing.assert_close(op(x, weight, keep=kept.keep(weight)), op(x, weight))
-                one = x[..., :1]  # for which both cut the kernel to one tap, each to another
-                torch.testing.assert_close(op(one, weight, keep=kept.keep(weight)), op(one, weight))
-        weight = torch.randn(4, 1, 7)
-        for _ in range(2):
-            for op, channels in ((ops.conv1d, 1), (ops.depthwise_conv1d, 4)):
-                y = op(x[:, :channels], weight, keep=kept.keep(weight))
-                torch.testing.assert_close(y, op(x[:, :channels], weight))
+        one = x[..., :1]  # for which both cut the kernel to one tap, each to another
+        for op in (ops.causal_conv1d, ops.conv1d, ops.causal_conv1d):
+            torch.testing.assert_close(op(one, weight, keep=kept.keep(weight)), op(one, weight))
+        weight, two = torch.randn(4, 1, 7), x[..., :2]
+        for op, channels in ((ops.depthwise_conv1d, 4), (ops.conv1d, 1), (ops.depthwise_conv1d, 4)):
+            y = op(two[:, :channels], weight, keep=kept.keep(weight))
+            torch.testing.assert_close(y, op(two[:, :channels], weight))
 
 
 def test_large_convolutions_are_found():

@@ -633,6 +633,17 @@ def test_two_recipes_at_once_in_one_folder(data_dir, tmp_path, monkeypatch):
     assert (tmp_path / 'checkpoint.pt').read_bytes() == kept
 
 
+def test_recipe_in_other_words(data_dir, tmp_path):
+    """Is the same one: a run continues."""
+    one = dataclasses.replace(
+        RECIPE, epochs=1, drop=0.0, model_kwargs=dict(RECIPE.model_kwargs, num_points=5, radius=0.1)
+    )
+    path = train(one, data_dir, tmp_path, progress=False)
+    kept = path.read_bytes()
+    other = dataclasses.replace(one, drop=0, model_kwargs=dict(reversed(one.model_kwargs.items())))
+    assert train(other, data_dir, tmp_path, progress=False).read_bytes() == kept
+
+
 @pytest.mark.parametrize(
     'fields,message',
     [

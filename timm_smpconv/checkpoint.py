@@ -57,7 +57,7 @@ _SAFE_GLOBALS: List[Any] = [
 ]
 _LOADING = threading.Lock()
 _SETTINGS = ('mean', 'std', 'input_size')
-_LARGEST_SIZE = 1 << 20  # channels, pixels or steps: more would fill the memory
+_LARGEST_SIZE = 1 << 28  # numbers of an input: more would fill the memory
 _ARCHIVE = b'PK\x03\x04'  # that torch.load takes for an archive
 _MAX_LISTED = 12  # differences that a message names
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # others need scales that weights lack
@@ -261,12 +261,13 @@ def carried_settings(
             )
     size = found.get('input_size')
     if size is not None:
-        whole = len(size) == 3 and all(type(n) is int and 0 < n <= _LARGEST_SIZE for n in size)
-        if not whole or (channels and size[0] != channels):
+        whole = len(size) == 3 and all(type(n) in (int, float) and n > 0 and n == n // 1 for n in size)
+        if not whole or math.prod(size) > _LARGEST_SIZE or (channels and size[0] != channels):
             raise CheckpointError(
                 f'{path} says that its inputs have the size {size}: expected positive whole numbers, '
                 f'({channels or "channels"}, height, width).'
             )
+        found['input_size'] = tuple(int(n) for n in size)
     return {**found, **numbers}
 
 

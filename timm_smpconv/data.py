@@ -19,7 +19,7 @@ import tarfile
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 import torch
@@ -219,6 +219,19 @@ def _readable(path: Path) -> Iterator[None]:
         raise ValueError(f'{path} is not a complete archive of a known kind ({e}).') from e
 
 
+class _Member(tarfile.TarInfo):
+    """A file in an archive; where a damaged header, or none, is no end of the archive, as it is for tarfile."""
+
+    @classmethod
+    def frombuf(cls, *args: Any) -> 'tarfile.TarInfo':
+        try:
+            return super().frombuf(*args)
+        except tarfile.EOFHeaderError:  # the mark of the end
+            raise
+        except tarfile.HeaderError as e:
+            raise tarfile.ReadError(f'it is damaged or cut off: {e}') from e
+
+
 def _members(path: Path, progress: bool) -> Iterator[Tuple[str, Callable[[], bytes]]]:
     """Names of the regular files of a tar archive with functions that read them, in one pass with a progress bar."""
     size = path.stat().st_size
@@ -229,13 +242,10 @@ def _members(path: Path, progress: bool) -> Iterator[Tuple[str, Callable[[], byt
 
     with _readable(path), path.open('rb') as raw:
         with tqdm.wrapattr(raw, 'read', total=size, desc=path.name, disable=not progress, leave=False) as stream:
-            with tarfile.open(fileobj=stream, mode='r|*') as tar:
+            with tarfile.open(fileobj=stream, mode='r|*', tarinfo=_Member) as tar:
                 for member in tar:
                     if member.isreg():
                         yield member.name, functools.partial(read, tar, member)
-                # of a file that was cut off between two members there are no more, without an error
-                if tar.fileobj.tell() - tar.offset < tarfile.BLOCKSIZE:
-                    raise tarfile.ReadError('it has no end')
 
 
 # MNIST

@@ -241,6 +241,11 @@ def recipe_text(recipe: Recipe) -> str:
     return yaml.dump(fields, Dumper=_Dumper, default_flow_style=None, sort_keys=False, width=math.inf)
 
 
+def recipe_fields(text: str) -> Dict[str, Any]:
+    """The fields in what `recipe_text` has made."""
+    return yaml.load(text, _Loader)
+
+
 def same_recipe(one: Recipe, other: Recipe) -> bool:
     """Whether two recipes are the same as YAML, which has no tuples."""
-    return yaml.load(recipe_text(one), _Loader) == yaml.load(recipe_text(other), _Loader)
+    return recipe_fields(recipe_text(one)) == recipe_fields(recipe_text(other))

@@ -35,7 +35,7 @@ from .factory import create_model
 from .fetch import weights_file
 from .models.smpconv_seq import change_rate
 from .predict import check_inputs
-from .recipe import Recipe, read_recipe, recipe_text, same_recipe
+from .recipe import Recipe, read_recipe, recipe_fields, recipe_text, same_recipe
 from .tasks import TASKS, Task, channel_statistics, heard, signal_input, split, task_of
 from .validate import evaluate, usable_device
 from .weights import WeightsError
@@ -263,7 +263,7 @@ class _Run:
             raise ValueError(f'Cannot continue from {path}, it is damaged or no checkpoint: {advice}.') from e
         if version != _CHECKPOINT_VERSION:
             raise ValueError(f'Cannot continue from {path}, which another version of this package wrote: {advice}.')
-        if checkpoint.get('recipe', recipe_text(self.recipe)) != recipe_text(self.recipe):
+        if 'recipe' in checkpoint and not same_recipe(Recipe(**checkpoint['recipe']), self.recipe):
             raise ValueError(f'Cannot continue from {path}: it is of another recipe; {advice}.')
         if checkpoint.get('data') != self.data:
             raise ValueError(f'Cannot continue from {path}: it is of a run on other data; {advice}.')
@@ -285,7 +285,7 @@ class _Run:
         checkpoint = dict(
             version=_CHECKPOINT_VERSION,
             arch=self.recipe.model,
-            recipe=recipe_text(self.recipe),
+            recipe=recipe_fields(recipe_text(self.recipe)),
             data=self.data,
             teacher=self.teacher and self.teacher.digest,
             ancestors=self.ancestors,

@@ -272,14 +272,15 @@ class _Images(Dataset):
 def _visible_files(folder: Path) -> List[Path]:
     """All files in a folder, the folders within it and those that links lead to, but for what systems hide in them."""
     found: List[Path] = []
-    seen = set()  # a link may lead back
-    for place, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = [name for name in folders if not _is_hidden(name)]
+    ways = {str(folder): [os.stat(folder)]}  # from there: a link may lead back
+    for place, folders, files in os.walk(str(folder), followlinks=True):
+        way, ahead = ways.pop(place), {}
+        for name in folders:
+            status = os.stat(os.path.join(place, name))
+            if not _is_hidden(name) and not any(os.path.samestat(status, passed) for passed in way):
+                ahead[name] = [*way, status]
+        folders[:] = ahead
+        ways.update({os.path.join(place, name): way for name, way in ahead.items()})
         found += [Path(place, name) for name in files if not _is_hidden(name)]
     return sorted(found)
 

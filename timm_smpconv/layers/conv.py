@@ -89,7 +89,7 @@ class SMPConv2d(_RenderedConv):
     Depthwise (groups = in_chs = out_chs): points shared by all channels, sums not normalised, k^2 / 4 points of
     radius 4 / k (the ImageNet networks); so is a convolution of a single channel. Dense (groups = 1): points per output
     filter, normalised sums, 16 points, from 17 taps on of radius 0.12 (the CIFAR network; fewer taps are so far apart
-    that most of such points would reach none).
+    that such points would reach few but the middle one).
     """
 
     dilation = (1, 1)

@@ -76,13 +76,13 @@ def is_channels_last(x: torch.Tensor) -> bool:
 
 
 def is_part_of_channels_last(x: torch.Tensor) -> bool:
-    """Whether x is some of the channels of a map, (B, C, H, W), in the channels_last memory format."""
+    """Whether x is some channels, rows or columns of a map, (B, C, H, W), in the channels_last memory format."""
     if x.ndim != 4 or torch.compiler.is_compiling() or is_exporting() or is_transformed():
         return False
     if x.stride(1) != 1 or x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return False
     batch, _, row, column = x.stride()
-    return column > x.shape[1] > 1 and row >= column * x.shape[3] and batch >= row * x.shape[2]
+    return column >= x.shape[1] > 1 and row >= column * x.shape[3] and batch >= row * x.shape[2]
 
 
 def to_channels_last(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
