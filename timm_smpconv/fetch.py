@@ -457,9 +457,6 @@ def _set_hub_file_aside(path: Path) -> None:
             path.unlink()
 
 
-_CONNECTION = (ConnectionError, TimeoutError)
-
-
 def hub_cause(error: Exception, repo: str, filename: str = 'such file') -> str:
     """What went wrong on the way to the Hub, and what to do about it."""
     status = getattr(getattr(error, 'response', None), 'status_code', None)
@@ -480,7 +477,8 @@ def hub_cause(error: Exception, repo: str, filename: str = 'such file') -> str:
         return f'the repository has no {filename}: ask its owner, or name another file (hf_hub_filename).'
     if status is not None:
         return f'the server failed with status {status}: try again later.'
-    if isinstance(error, OSError) and error.errno and error.filename and not isinstance(error, _CONNECTION):
+    of_a_file = isinstance(error, OSError) and error.errno and error.filename
+    if of_a_file and not isinstance(error, (ConnectionError, TimeoutError)):
         return f'{error.strerror}: {error.filename}.'
     if type(error).__name__ in ('UnsupportedProtocol', 'MissingSchema', 'InvalidSchema', 'InvalidURL'):
         return f'the address of the Hub is none ({one_line(error)}): check HF_ENDPOINT.'

@@ -91,7 +91,6 @@ def push(
             info = api.upload_folder(
                 repo_id=repo,
                 folder_path=copy,
-                allow_patterns=list(_PUBLISHED),
                 delete_patterns=None if (copy / DEPLOYED_FILE).exists() else DEPLOYED_FILE,
                 commit_message=f'Weights and card, by timm_smpconv {__version__}',
                 create_pr=create_pr,
